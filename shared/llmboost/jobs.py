@@ -1,0 +1,121 @@
+"""What is asked: one request for generated text, as it travels from an API pod to a worker.
+
+Plain data, no behaviour. `llmboost.streams` holds what comes back.
+"""
+
+import secrets
+import time
+from typing import Any, Literal
+
+import msgspec
+
+JobClass = Literal["interactive", "batch"]
+
+FUNCTION = "generate"
+"""Name of the arq function that runs a `GenerationJob`."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """How tokens are drawn; one object for all choices of a request.
+
+    Defaults are OpenAI's. Ranges are checked where a request enters the system, not here.
+    """
+
+    n: int = 1
+    """Choices per prompt; choice `i` draws from its own stream of random numbers."""
+    seed: int = 0
+    """64-bit seed. A token is drawn from (seed, choice, position), so a resumed sequence repeats it."""
+    temperature: float = 1.0
+    """0 is greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    """Over prompt and output, as in transformers."""
+    logit_bias: dict[int, float] = {}
+    max_tokens: int | None = None
+    """None: as many as the context has room for."""
+    min_tokens: int = 0
+    """No end-of-sequence token and no stop before this many."""
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    top_logprobs: int | None = None
+    """None: no logprobs. 0: of the drawn token alone. k: of the k most likely tokens too."""
+
+
+class Prompt(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What to continue; exactly one of `messages`, `text` and `token_ids` is set."""
+
+    messages: list[dict[str, Any]] | None = None
+    """A chat in OpenAI's form; the worker renders it with the model's template."""
+    text: str | None = None
+    token_ids: list[int] | None = None
+    add_special_tokens: bool = True
+    """With `text`: whether the tokenizer adds its own (false for text that a template rendered)."""
+
+
+class GenerationJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
+    """One request: one stream, one terminal entry."""
+
+    id: str
+    """The id the client sees; also the arq job's id and the name of the stream."""
+    model: str
+    """The queue to put it into: a model's own name, aliases resolved."""
+    prompt: Prompt
+    sampling: SamplingParams
+    job_class: JobClass = "interactive"
+    needs_audience: bool = True
+    """False: generate even when nobody reads (background and batch work)."""
+    echo: bool = False
+    """The stream begins with the prompt's text. With `max_tokens=0` that is all of it."""
+    owner: str = ""
+    """Fingerprint of the API key that made it; other keys can't see the stream."""
+    created: float
+    """Unix time in seconds."""
+    deadline: float
+    """Unix time in seconds at which the stream is sealed whatever its state."""
+
+
+def new_id(prefix: str) -> str:
+    """A fresh id such as `chatcmpl-4f…`; unguessable, though no credential."""
+    return f"{prefix}-{secrets.token_hex(12)}"
+
+
+def new_seed() -> int:
+    """A seed for a request that names none: fixed here, so that every attempt draws the same."""
+    return secrets.randbits(63)
+
+
+def now() -> float:
+    """Unix time in seconds."""
+    return time.time()
+
+
+class OpaqueJob:
+    """A job on its way through arq, which logs its arguments: prompts must not reach a log that way."""
+
+    __slots__ = ("data",)
+
+    def __init__(self, data: bytes) -> None:
+        self.data = data
+
+    def __repr__(self) -> str:
+        return f"<job, {len(self.data)} bytes>"
+
+    def decode(self) -> GenerationJob:
+        """Raises `msgspec.ValidationError` for a job of another version or none at all."""
+        return _decoder.decode(self.data)
+
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder = msgspec.msgpack.Decoder(GenerationJob)
+
+
+def encode(job: GenerationJob) -> bytes:
+    """The job as msgpack."""
+    return _encoder.encode(job)

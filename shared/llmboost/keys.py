@@ -1,0 +1,61 @@
+"""Every Redis key the project uses, spelled once.
+
+`{...}` is the cluster hash tag: whatever a script touches together lives in one slot.
+arq's own keys (`arq:job:<id>`, `arq:retry:<id>`) keep arq's spelling, so its tools can read our jobs.
+"""
+
+from arq.constants import job_key_prefix, retry_key_prefix
+
+from llmboost.jobs import JobClass
+
+OPEN = "llmboost:open"
+"""Sorted set: id of every stream not yet sealed, by the deadline of its request (ms)."""
+
+AUDIENCE = "llmboost:audience"
+"""Sorted set: id of a stream, by the time (ms) until which some reader has said it is there."""
+
+MODELS = "llmboost:models"
+"""Sorted set: name of a model, by the time (ms) until which requests for it are accepted."""
+
+WORKERS = "llmboost:workers"
+"""Sorted set: `<model>/<worker>`, by the time (ms) at which the worker's last heartbeat lapses."""
+
+
+def stream(job_id: str) -> str:
+    """The token stream of one request (`llmboost.streams`)."""
+    return f"llmboost:stream:{{{job_id}}}"
+
+
+def queue(model: str, job_class: JobClass) -> str:
+    """Sorted set: ids of waiting jobs, by enqueue time (ms); smaller is nearer the head."""
+    return f"llmboost:queue:{model}:{job_class}"
+
+
+def wake(model: str) -> str:
+    """List: one element per enqueued job, popped by workers that wait for work."""
+    return f"llmboost:wake:{model}"
+
+
+def leases(model: str) -> str:
+    """Sorted set: ids of claimed jobs, by the time (ms) at which the claim lapses."""
+    return f"llmboost:leases:{model}"
+
+
+def claim(job_id: str) -> str:
+    """Hash: who holds the job (`owner`), its `attempt`, the queue and score it came from."""
+    return f"llmboost:claim:{job_id}"
+
+
+def model_card(name: str) -> str:
+    """String (JSON): what workers say of a model they serve."""
+    return f"llmboost:model:{name}"
+
+
+def arq_job(job_id: str) -> str:
+    """arq's job definition, msgpack-encoded."""
+    return str(job_key_prefix + job_id)
+
+
+def arq_retry(job_id: str) -> str:
+    """arq's count of tries."""
+    return str(retry_key_prefix + job_id)

@@ -1,0 +1,125 @@
+"""What a worker and an engine agree on.
+
+An engine owns its compute thread (or process) and every tensor in it, loading included: the second
+thread to run multi-threaded torch operations is 1.4 to 2.9 times slower than the first. The event loop
+that calls `add` and `cancel` never waits for compute, and compute never waits for whoever reads `StepOutput`s.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from llmboost.jobs import SamplingParams
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What the loaded model can do."""
+
+    max_model_len: int
+    """Prompt and output together, in tokens."""
+    vocab_size: int
+    """Ids are in [0, vocab_size)."""
+    max_num_seqs: int
+    """Sequences that run in one step."""
+    eos_token_ids: tuple[int, ...]
+    engine: str
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceRequest:
+    """One choice of one request: continue `prompt_ids + output_ids`."""
+
+    id: str
+    """Unique in this engine while the sequence lives."""
+    prompt_ids: list[int]
+    """At least one id, all in [0, vocab_size)."""
+    sampling: SamplingParams
+    choice: int = 0
+    output_ids: list[int] = field(default_factory=list)
+    """Already emitted by an earlier attempt: count as output for limits, penalties and random numbers."""
+    max_tokens: int = 1
+    """Output tokens at most, those in `output_ids` included; `len(prompt_ids) + max_tokens <= max_model_len`."""
+    priority: int = 0
+    """0 is interactive, 1 batch: smaller is admitted first."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one position, of the model's distribution before temperature and filters
+    (as OpenAI and vLLM report them)."""
+
+    logprob: float
+    """Of the drawn token."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The most likely tokens, best first, as (id, logprob); at most `sampling.top_logprobs`."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """What one step gave one sequence."""
+
+    id: str
+    token_ids: list[int]
+    """New ids in order; the end-of-sequence token included when it was drawn. May be empty with an error."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One per new id, if asked for."""
+    finish_reason: FinishReason | None = None
+    """Set once, in the sequence's last output."""
+    error: str | None = None
+    """With finish_reason "error": what happened, for an operator and the client."""
+
+
+StepOutput = list[SequenceOutput]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot; each number is read without stopping the engine."""
+
+    running: int
+    """Sequences that hold a slot."""
+    waiting: int
+    steps: int
+    prompt_tokens: int
+    output_tokens: int
+
+
+class EngineError(RuntimeError):
+    """The engine can't be started or has ended; the message says why and what to do."""
+
+
+class Engine(ABC):
+    """Continuous batching behind five verbs; every method may be called from the event loop."""
+
+    @abstractmethod
+    def start(self, on_step: Callable[[StepOutput], None], on_failure: Callable[[BaseException], None]) -> EngineInfo:
+        """Loads the model in the engine's own thread and returns when it can generate (blocks: minutes for
+        a large model). `on_step` is called from that thread after each step; it must not block.
+        `on_failure` is called once if the engine ends by itself.
+
+        Raises:
+            EngineError: the model can't be loaded or can't be served.
+        """
+
+    @abstractmethod
+    def add(self, requests: list[SequenceRequest]) -> None:
+        """Queues sequences; they join the batch at the next step that has a slot."""
+
+    @abstractmethod
+    def cancel(self, ids: list[str]) -> None:
+        """Frees the sequences' slots at the next step. Unknown ids are ignored. No further output for them
+        once the current step is over, and no final one."""
+
+    @abstractmethod
+    def stats(self) -> EngineStats:
+        """Counters now."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Ends the compute thread after its current step and frees the model. Idempotent."""
