@@ -2,7 +2,7 @@
 
 An engine owns its compute thread (or process) and every tensor in it, loading included: the second
 thread to run multi-threaded torch operations is 1.4 to 2.9 times slower than the first. The event loop
-that calls `add` and `cancel` never waits for compute, and compute never waits for whoever reads `StepOutput`s.
+that calls `add` and `cancel` never waits for compute, and compute never waits for whoever reads its output.
 """
 
 from abc import ABC, abstractmethod
@@ -44,7 +44,7 @@ class SequenceRequest:
     output_ids: list[int] = field(default_factory=list)
     """Already emitted by an earlier attempt: count as output for limits, penalties and random numbers."""
     max_tokens: int = 1
-    """Output tokens at most, those in `output_ids` included; `len(prompt_ids) + max_tokens <= max_model_len`."""
+    """Output tokens at most, `output_ids` included; with the prompt no more than `max_model_len`."""
     priority: int = 0
     """0 is interactive, 1 batch: smaller is admitted first."""
 
@@ -98,7 +98,9 @@ class Engine(ABC):
     """Continuous batching behind five verbs; every method may be called from the event loop."""
 
     @abstractmethod
-    def start(self, on_step: Callable[[StepOutput], None], on_failure: Callable[[BaseException], None]) -> EngineInfo:
+    def start(
+        self, on_step: Callable[[StepOutput], None], on_failure: Callable[[BaseException], None]
+    ) -> EngineInfo:
         """Loads the model in the engine's own thread and returns when it can generate (blocks: minutes for
         a large model). `on_step` is called from that thread after each step; it must not block.
         `on_failure` is called once if the engine ends by itself.

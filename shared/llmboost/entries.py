@@ -1,0 +1,99 @@
+"""What comes back: the entries of a token stream, as plain data. `llmboost.streams` holds their protocol."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+FIELD = b"e"
+"""The one field of an entry in Redis: its msgpack."""
+
+
+class StreamError(msgspec.Struct, frozen=True, array_like=True):
+    """Why a request failed, in the terms of OpenAI's error object."""
+
+    message: str
+    type: str = "server_error"
+    code: str | None = None
+    param: str | None = None
+    status: int = 500
+    """HTTP status, if no byte of the response has been sent."""
+
+
+class Usage(msgspec.Struct, frozen=True, array_like=True):
+    """Tokens of one request, all choices together."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int = 0
+
+
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+    """One token's logprob and its likeliest alternatives, best first."""
+
+    token: str
+    logprob: float
+    bytes: list[int] | None = None
+    """UTF-8 bytes; a token may be part of a character."""
+    top: "tuple[TokenLogprob, ...]" = ()
+
+
+class ChoiceDelta(msgspec.Struct, frozen=True, array_like=True):
+    """What one step added to one choice."""
+
+    index: int
+    position: int
+    """Tokens of this choice before `token_ids`."""
+    token_ids: list[int]
+    text: str
+    """Whole characters that the client may see; may be empty while ids are not."""
+    finish_reason: str | None = None
+    logprobs: list[TokenLogprob] | None = None
+
+
+class Queued(msgspec.Struct, frozen=True, array_like=True, tag="queued"):
+    """First entry: the request was accepted."""
+
+    model: str
+    owner: str
+    created: float
+
+
+class Started(msgspec.Struct, frozen=True, array_like=True, tag="started"):
+    """An attempt's fence."""
+
+    worker: str
+
+
+class Delta(msgspec.Struct, frozen=True, array_like=True, tag="delta"):
+    """New output of one or more choices."""
+
+    choices: list[ChoiceDelta]
+    prompt_tokens: int | None = None
+    """In an attempt's first delta."""
+
+
+class Terminal(msgspec.Struct, frozen=True, array_like=True, tag="terminal"):
+    """Last entry; `error` is None if the request was answered in full."""
+
+    by: str
+    """Who sealed it, so that after a lost reply the sealer knows its own entry."""
+    usage: Usage | None = None
+    error: StreamError | None = None
+
+
+Entry = Queued | Started | Delta | Terminal
+ReadEntry = tuple[str, Entry]
+"""(entry id, entry); the id is an opaque cursor to everyone outside this module."""
+
+_encode = msgspec.msgpack.Encoder().encode
+_decode = msgspec.msgpack.Decoder(Entry).decode
+
+
+def encode(entry: Entry) -> bytes:
+    """The entry as it is stored."""
+    return _encode(entry)
+
+
+def decode(raw: "Sequence[tuple[bytes, dict[bytes, bytes]]]") -> list[ReadEntry]:
+    """Entries of an XRANGE or XREAD reply."""
+    return [(entry_id.decode(), _decode(fields[FIELD])) for entry_id, fields in raw]

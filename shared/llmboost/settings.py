@@ -1,0 +1,135 @@
+"""Every setting, once: its type, default, flag, environment variable and help come from one definition.
+
+A flag `--lease` is the environment variable `LLMBOOST_LEASE` is the field `lease`. Times are seconds.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+DEMO_MODEL = "llmboost-demo"
+"""The model in the repository; a name like any other, found without a hub."""
+
+
+def _split(value: object) -> object:
+    return (
+        tuple(part.strip() for part in value.split(",") if part.strip()) if isinstance(value, str) else value
+    )
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+"""Several values, separated by commas."""
+
+
+class CommonSettings(BaseSettings):
+    """Settings that every process takes, from `LLMBOOST_*` variables and flags; flags win.
+
+    Raises:
+        pydantic.ValidationError: a value can't be parsed or is out of range; names the field.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="LLMBOOST_", extra="ignore", frozen=True)
+
+    redis_url: str | None = Field(
+        None,
+        description="Redis to use, as redis://[:password@]host:port/db. "
+        "Without it `serve` starts an embedded server.",
+    )
+    grace: PositiveFloat = Field(
+        5.0, description="Seconds for which a generation goes on after its last reader has left."
+    )
+    retention: PositiveFloat = Field(600.0, description="Seconds for which a finished stream stays readable.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="What to log, on standard error."
+    )
+
+
+class ApiSettings(CommonSettings):
+    """Settings of an API pod."""
+
+    host: str = Field("127.0.0.1", description="Address to listen on.")
+    port: Annotated[int, Field(ge=0, le=65535)] = Field(
+        8011, description="Port to listen on; 0 takes a free one."
+    )
+    api_key: Names = Field(
+        (), description="Keys that clients must send as `Authorization: Bearer KEY`; none: no check."
+    )
+    request_timeout: PositiveFloat = Field(
+        600.0, description="Seconds after which a request that is not answered ends in an error."
+    )
+    max_queued: NonNegativeInt = Field(
+        2048, description="Waiting requests per model beyond which new ones get 429; 0: no limit."
+    )
+    max_request_bytes: PositiveInt = Field(
+        8 * 1024 * 1024, description="Largest request body; beyond it 413."
+    )
+    always_include_usage: bool = Field(
+        False, description="Send the usage chunk at the end of every stream, asked for or not."
+    )
+    event_ids: bool = Field(
+        True, description="Send an `id:` line with every chunk, from which a stream can be resumed."
+    )
+    ping_interval: NonNegativeFloat = Field(
+        15.0, description="Seconds between keep-alive comments on a stream; 0: none."
+    )
+    headers_after: NonNegativeFloat = Field(
+        3.0,
+        description="Seconds in the queue after which a stream's headers go out. "
+        "Until then an early failure is a proper HTTP error.",
+    )
+    send_timeout: PositiveFloat = Field(
+        60.0, description="Seconds for which a client may read nothing before its connection is dropped."
+    )
+    drain_timeout: NonNegativeFloat = Field(
+        30.0, description="Seconds that running responses get to finish when the pod is told to go."
+    )
+
+
+class WorkerSettings(CommonSettings):
+    """Settings of a worker."""
+
+    model: str = Field(DEMO_MODEL, description="Hub name or local folder of the model.")
+    served_model_name: Names = Field(
+        (),
+        description="Names that clients may use instead of the model's own, separated by commas; "
+        "the first one appears in responses.",
+    )
+    engine: Literal["transformers"] = Field("transformers", description="What runs the model.")
+    revision: str | None = Field(None, description="Branch, tag or commit of a model from the hub.")
+    trust_remote_code: bool = Field(False, description="Run code that comes with a model from the hub.")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto",
+        description="Precision of weights and cache; auto: float32 on a CPU, the checkpoint's own on a GPU.",
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    threads: NonNegativeInt = Field(
+        0, description="CPU threads per worker; 0: the available cores, shared among the workers of `serve`."
+    )
+    tp: PositiveInt = Field(1, description="GPUs over which one model is split.")
+    max_model_len: PositiveInt | None = Field(
+        None, description="Longest prompt and output together, in tokens; default: the model's own limit."
+    )
+    max_num_seqs: PositiveInt = Field(32, description="Sequences in one batch.")
+    max_num_batched_tokens: PositiveInt = Field(2048, description="Tokens in one step, prefill included.")
+    enable_chunked_prefill: bool = Field(
+        True, description="Split long prompts over several steps, so that running streams don't stall."
+    )
+    lease: Annotated[float, Field(ge=0.2)] = Field(
+        3.0, description="Seconds after which a dead worker's jobs go to another."
+    )
+    max_tries: PositiveInt = Field(
+        3, description="Workers that a request may take down with it before it is given up."
+    )
+
+
+class ServeSettings(ApiSettings, WorkerSettings):
+    """Settings of `llmboost serve`, which runs everything: all there are."""
+
+    dp: PositiveInt = Field(1, description="Workers to start.")
+    data_dir: Path | None = Field(
+        None,
+        description="Folder in which the embedded Redis keeps its data across restarts; "
+        "without it, nothing is kept.",
+    )

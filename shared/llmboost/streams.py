@@ -1,0 +1,355 @@
+"""The token stream: a durable log that outlives whoever writes it and whoever reads it.
+
+One request has one Redis stream. This module owns its protocol; nothing else spells an entry id.
+
+- An entry's id is its position and its fence, `<attempt>-<n>`: Redis refuses an id that is not above
+  the newest one, so an attempt cannot write once a later one has begun, and sending an entry again
+  after a lost reply cannot duplicate it. No lock is involved.
+- `0-1` (`Queued`) is written by whoever accepts the request, before the job can be claimed.
+- `<attempt>-0` (`Started`) is an attempt's fence: it is written first, and only then is the log read,
+  so what was read is all that anyone older will ever have written.
+- `<attempt>-<n>` (`Delta`) carries text for the client and token ids for the next attempt.
+- `SEAL_ID` (`Terminal`) ends the stream. It is the highest id, so afterwards Redis refuses everything.
+  Whatever ends a request (finish, cancel, deadline, lapsed audience, used-up tries) is this one move,
+  and the first to make it wins.
+- The stream's TTL is set when it is created and outlasts the request's deadline, at which it is sealed
+  whatever its state; so a running stream can't expire, and none is left behind.
+"""
+
+import asyncio
+import enum
+import random
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+
+from llmboost import keys
+from llmboost.entries import FIELD, Delta, Entry, Queued, ReadEntry, Started, Terminal, decode, encode
+from llmboost.lua import NOW, Script
+
+QUEUED_ID = "0-1"
+SEAL_ATTEMPT = 2**53 - 1
+SEAL_ID = f"{SEAL_ATTEMPT}-0"
+"""2^53-1 is the largest integer that Lua and JavaScript hold exactly."""
+BEGINNING = "0-0"
+"""Cursor before the first entry."""
+
+
+def is_cursor(text: str) -> bool:
+    """Whether a client's `Last-Event-ID` has the form of an entry id."""
+    return re.fullmatch(r"[0-9]{1,16}-[0-9]{1,16}", text) is not None
+
+
+# --- Endings of a write or a read ---------------------------------------------------------------------
+
+
+class StreamEnded(Exception):
+    """This attempt may write nothing more; `str()` says why."""
+
+
+class StreamFenced(StreamEnded):
+    """A later attempt has begun."""
+
+
+class StreamSealed(StreamEnded):
+    """The request has ended; somebody wrote the terminal entry."""
+
+
+class StreamGone(StreamEnded):
+    """The stream does not exist: expired, or lost with its server."""
+
+
+class StreamGap(Exception):
+    """An entry is missing between two that were read. Readers end with an error, never pass over it."""
+
+
+# --- Reading ----------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class ChoiceTranscript:
+    """All that the log says of one choice."""
+
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Transcript:
+    """The state of a request after some prefix of its log; refuses a log with a gap."""
+
+    cursor: str = BEGINNING
+    queued: Queued | None = None
+    started: bool = False
+    prompt_tokens: int | None = None
+    choices: dict[int, ChoiceTranscript] = field(default_factory=dict)
+    terminal: Terminal | None = None
+
+    def apply(self, entry_id: str, entry: Entry) -> None:
+        """Takes the next entry.
+
+        Raises:
+            StreamGap: it does not continue what came before.
+        """
+        match entry:
+            case Delta(choices=deltas, prompt_tokens=prompt_tokens):
+                for delta in deltas:
+                    choice = self.choices.setdefault(delta.index, ChoiceTranscript())
+                    if delta.position != len(choice.token_ids):
+                        raise StreamGap(
+                            f"choice {delta.index} continues at token {delta.position}, "
+                            f"but {len(choice.token_ids)} were read before entry {entry_id}"
+                        )
+                    choice.token_ids.extend(delta.token_ids)
+                    choice.finish_reason = delta.finish_reason or choice.finish_reason
+                if prompt_tokens is not None:
+                    self.prompt_tokens = prompt_tokens
+            case Started():
+                self.started = True
+            case Queued():
+                self.queued = entry
+            case Terminal():
+                self.terminal = entry
+        self.cursor = entry_id
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens of all choices so far."""
+        return sum(len(choice.token_ids) for choice in self.choices.values())
+
+
+# --- Writing ----------------------------------------------------------------------------------------
+
+
+class SealOutcome(enum.Enum):
+    """What came of an attempt to seal."""
+
+    WRITTEN = b"written"
+    """The terminal entry is mine."""
+    SEALED = b"sealed"
+    """Somebody else's is there."""
+    FENCED = b"fenced"
+    """A later attempt runs: not mine to seal."""
+    GONE = b"gone"
+
+
+_SEAL = Script("""
+local seal_id, payload, retention, attempt, id = unpack(ARGV)
+local top = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+local outcome
+if not top then
+  outcome = 'gone'
+elseif top[1] == seal_id then
+  outcome = top[2][2] == payload and 'written' or 'sealed'
+elseif attempt ~= '' and string.match(top[1], '^%d+') ~= attempt then
+  return 'fenced'
+else
+  redis.call('XADD', KEYS[1], seal_id, 'e', payload)
+  redis.call('PEXPIRE', KEYS[1], retention)
+  outcome = 'written'
+end
+redis.call('ZREM', KEYS[2], id)
+redis.call('ZREM', KEYS[3], id)
+return outcome
+""")
+
+_RENEW_AUDIENCE = Script(
+    NOW
+    + """
+local missing = {}
+for i = 2, #ARGV do
+  local id = ARGV[i]
+  if redis.call('EXISTS', KEYS[i + 1]) == 0 then
+    missing[#missing + 1] = id
+  elseif redis.call('ZSCORE', KEYS[2], id) then
+    redis.call('ZADD', KEYS[1], 'GT', now + ARGV[1], id)
+  end
+end
+return missing
+"""
+)
+
+_AUDIENCE = Script(
+    NOW
+    + """
+local scores = redis.call('ZMSCORE', KEYS[1], unpack(ARGV))
+for i, score in ipairs(scores) do
+  if score then scores[i] = tonumber(score) - now else scores[i] = -1 end
+end
+return scores
+"""
+)
+
+_PASSING = ("LOADING", "READONLY", "MASTERDOWN", "MISCONF", "OOM", "You can't write against")
+_REFUSED = "equal or smaller than the target stream top item"
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether Redis refused an entry because its id is not above the newest one."""
+    return isinstance(error, ResponseError) and _REFUSED in str(error)
+
+
+def is_passing(error: BaseException) -> bool:
+    """Whether a command's outcome is unknown, or the server can't serve it now (gone, loading, read-only,
+    out of memory): the same command should be sent again, later."""
+    if isinstance(error, ResponseError):
+        return str(error).startswith(_PASSING)
+    return isinstance(error, RedisConnectionError | RedisTimeoutError | OSError)
+
+
+T = TypeVar("T")
+
+
+async def persist(call: Callable[[], Awaitable[T]], *, first: float = 0.05, most: float = 1.0) -> T:
+    """Awaits `call()` until it does not fail in passing; waits between with jitter, doubling up to `most` s.
+
+    Only for calls that may be sent twice. Cancel it, or wrap it in a timeout, to give up.
+    """
+    delay = first
+    while True:
+        try:
+            return await call()
+        except (RedisError, OSError) as error:
+            if not is_passing(error):
+                raise
+        await asyncio.sleep(delay * random.uniform(0.5, 1.0))
+        delay = min(delay * 2, most)
+
+
+@dataclass(slots=True)
+class Writer:
+    """One attempt's right to append to one stream: hands out its entry ids."""
+
+    job_id: str
+    attempt: int
+    n: int = 0
+
+    @property
+    def fence_id(self) -> str:
+        """Id of the attempt's first entry."""
+        return f"{self.attempt}-0"
+
+    def next_id(self) -> str:
+        """Id of the attempt's next entry: taken once, and kept when the entry must be sent again."""
+        self.n += 1
+        return f"{self.attempt}-{self.n}"
+
+
+class TokenStreams:
+    """Streams on one Redis server; every method is safe to call again after an unknown outcome."""
+
+    def __init__(self, redis: Redis, retention: float) -> None:
+        """`retention`: seconds that a sealed stream stays readable."""
+        self.redis = redis
+        self.retention_ms = int(retention * 1000)
+
+    # Writers
+
+    async def begin(self, writer: Writer, worker: str) -> Transcript:
+        """Fences off older attempts, then reads all that they emitted.
+
+        Raises:
+            StreamEnded: sealed, gone, or fenced by a later attempt.
+        """
+        await persist(lambda: self._append_one(writer, writer.fence_id, Started(worker)))
+        transcript = Transcript()
+        for entry_id, entry in await persist(lambda: self.read(writer.job_id)):
+            transcript.apply(entry_id, entry)
+        if transcript.terminal is not None:
+            raise StreamSealed(f"{writer.job_id}: sealed by {transcript.terminal.by}")
+        return transcript
+
+    async def _append_one(self, writer: Writer, entry_id: str, entry: Entry) -> None:
+        try:
+            written = await self.redis.xadd(
+                keys.stream(writer.job_id), {FIELD: encode(entry)}, id=entry_id, nomkstream=True
+            )
+        except ResponseError as error:
+            await self.check_reply(writer, entry_id, error)
+        else:
+            await self.check_reply(writer, entry_id, written)
+
+    async def check_reply(self, writer: Writer, entry_id: str, reply: bytes | Exception | None) -> None:
+        """Returns if the entry is in the stream; a refused one may be there from an earlier send.
+
+        Raises:
+            StreamEnded: it is not, and never will be.
+            RedisError: the outcome is not known.
+        """
+        if reply is None:
+            raise StreamGone(f"{writer.job_id}: the stream is gone")
+        if not isinstance(reply, Exception):
+            return
+        if not is_refusal(reply):
+            raise reply
+        newest = await self.newest_id(writer.job_id)
+        if newest == entry_id:
+            return
+        if newest is None:
+            raise StreamGone(f"{writer.job_id}: the stream is gone")
+        if newest == SEAL_ID:
+            raise StreamSealed(f"{writer.job_id}: sealed while attempt {writer.attempt} was writing")
+        attempt = newest.partition("-")[0]
+        raise StreamFenced(f"{writer.job_id}: attempt {attempt} has taken over from {writer.attempt}")
+
+    async def seal(self, job_id: str, terminal: Terminal, writer: Writer | None = None) -> SealOutcome:
+        """Ends the stream; with a `writer`, only if no later attempt has begun."""
+        attempt = "" if writer is None else str(writer.attempt)
+        payload = encode(terminal)
+        reply = await persist(
+            lambda: _SEAL(
+                self.redis,
+                [keys.stream(job_id), keys.OPEN, keys.AUDIENCE],
+                [SEAL_ID, payload, self.retention_ms, attempt, job_id],
+            )
+        )
+        return SealOutcome(reply)
+
+    # Readers
+
+    async def newest_id(self, job_id: str) -> str | None:
+        """Id of the last entry; None if there is no stream."""
+        entries = await self.redis.xrevrange(keys.stream(job_id), count=1)
+        return cast(bytes, entries[0][0]).decode() if entries else None
+
+    async def read(self, job_id: str, after: str = BEGINNING, count: int | None = None) -> list[ReadEntry]:
+        """Entries after a cursor, without waiting; empty too if there is no stream."""
+        return decode(await self.redis.xrange(keys.stream(job_id), min=f"({after}", count=count))
+
+    async def exists(self, job_id: str) -> bool:
+        """Whether the stream is there, open or sealed."""
+        return bool(await self.redis.exists(keys.stream(job_id)))
+
+    # Audience
+
+    async def renew_audience(self, job_ids: Sequence[str], seconds: float) -> list[str]:
+        """Says that each stream has a reader for so long; returns the ids of streams that no longer exist."""
+        if not job_ids:
+            return []
+        missing = await _RENEW_AUDIENCE(
+            self.redis,
+            [keys.AUDIENCE, keys.OPEN, *map(keys.stream, job_ids)],
+            [int(seconds * 1000), *job_ids],
+        )
+        return [cast(bytes, job_id).decode() for job_id in missing]
+
+    async def audience(self, job_ids: Sequence[str]) -> list[float]:
+        """Per id, the seconds for which a reader is still promised; negative if the promise has lapsed."""
+        if not job_ids:
+            return []
+        remaining: list[Any] = await _AUDIENCE(self.redis, [keys.AUDIENCE], list(job_ids))
+        return [ms / 1000 for ms in remaining]
+
+
+def append_to(pipe: Any, job_id: str, entry_id: str, entry: Entry) -> None:
+    """Puts an XADD into a pipeline; its reply goes to `TokenStreams.check_reply`.
+
+    NOMKSTREAM: a stream that is gone must not come back as one without a beginning.
+    """
+    pipe.xadd(keys.stream(job_id), {FIELD: encode(entry)}, id=entry_id, nomkstream=True)
