@@ -18,7 +18,7 @@ MODELS = "llmboost:models"
 """Sorted set: name of a model, by the time (ms) until which requests for it are accepted."""
 
 WORKERS = "llmboost:workers"
-"""Sorted set: `<model>/<worker>`, by the time (ms) at which the worker's last heartbeat lapses."""
+"""Sorted set: id of a worker, by the time (ms) at which its last heartbeat lapses."""
 
 
 def stream(job_id: str) -> str:
@@ -49,6 +49,11 @@ def claim(job_id: str) -> str:
 def model_card(name: str) -> str:
     """String (JSON): what workers say of a model they serve."""
     return f"llmboost:model:{name}"
+
+
+def worker_card(worker: str) -> str:
+    """String (JSON): what a worker says of itself."""
+    return f"llmboost:worker:{worker}"
 
 
 def arq_job(job_id: str) -> str:
