@@ -83,6 +83,8 @@ return 1
 """
 )
 
+_WAKE = Script("redis.call('LPUSH', KEYS[1], 1) redis.call('PEXPIRE', KEYS[1], 3600000)")
+
 _CLAIM = Script(
     NOW
     + """
@@ -270,6 +272,10 @@ class JobQueue:
         """Waits for a wake token; false if none came. Blocks a connection for up to `BLOCK_S`."""
         token = self.redis.blpop([keys.wake(model)], timeout=cast(int, min(seconds, BLOCK_S)))
         return await cast("Awaitable[Any]", token) is not None
+
+    async def wake(self, model: str) -> None:
+        """Pushes a wake token, as an enqueue does."""
+        await _WAKE(self.redis, [keys.wake(model)], [])
 
     async def claim(self, model: str, count: int, owner: str, lease: float) -> list[Claim]:
         """Takes up to `count` jobs under a lease (s), oldest first, interactive before batch."""
