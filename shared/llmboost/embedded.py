@@ -160,6 +160,8 @@ class EmbeddedRedis:
                 'save ""',  # no snapshots: the append-only file is the log, or there is none
                 *persistence,
                 "daemonize no",
+                # Its title would be written over its environment, by which one can tell whose it is.
+                "set-proc-title no",
                 "",
             ]
         )

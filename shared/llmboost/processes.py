@@ -219,7 +219,7 @@ class Processes:
         if len(ours) < len(self._workers):
             count = len(self._workers) - len(ours)
             return f"{count} worker{'s' if count > 1 else ''} to load {self.settings.model}"
-        self.model = self.settings.served_model_name[0] if self.settings.served_model_name else ours[0].model
+        self.model = ours[0].model
         if self._api:
             host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.settings.host, self.settings.host)
             if not answers(host, self._port, "/ready"):
@@ -273,9 +273,7 @@ class Processes:
             try:
                 self._tend()
             except (ProcessesError, EmbeddedRedisError):
-                self._killing = (
-                    True  # what the streams need can't be kept running: there is nothing to wait for
-                )
+                self._killing = True  # what the streams need can't be had any more: nothing to wait for
 
 
 class _Kept:
@@ -309,11 +307,13 @@ class _Kept:
             # doesn't change; a signal may be the system's, short of memory.
             limit = _MAX_DEATHS if self.settled else _MAX_DEATHS_AT_FIRST if code < 0 else 1
             if self._deaths >= limit:
+                reason = f"{self.child.name} {how}"
+                if self._deaths > 1:
+                    reason += f", {self._deaths} times in a row"
                 last = self.child.tail.strip().rpartition("\n")[2].strip()
-                again = f" {self._deaths} times in a row" if self._deaths > 1 else ""
-                raise ProcessesError(
-                    f"{self.child.name} {how}{again}: {last or 'no word why'}", self.child.tail
-                )
+                if code >= 0 and last:  # whom a signal ended had no last words
+                    reason += f": {last}"
+                raise ProcessesError(reason, self.child.tail)
             pause = 0.0 if self._deaths == 1 else min(2.0 ** (self._deaths - 2), _LONGEST_PAUSE_S)
             say(f"{self.child.name} {how}; restarting it" + (f" in {pause:g} s" if pause else ""))
             self._restart_at = now + pause

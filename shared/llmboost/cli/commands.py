@@ -7,7 +7,6 @@ import socket
 import sys
 from collections.abc import Callable
 from importlib import import_module, metadata
-from pathlib import Path
 from typing import TypeVar
 
 from llmboost.cli.flags import Flags, UsageError
@@ -89,27 +88,28 @@ def _serve(settings: ServeSettings) -> int:
 def _api(settings: ApiSettings) -> int:
     _need_redis(settings)
     _check_port(settings)
-    _start("llmboost_api.app", settings, "")
-    return 0
+    return _start("llmboost_api.app", settings, "")
 
 
 def _worker(settings: WorkerSettings) -> int:
     _need_redis(settings)
-    _start("llmboost_worker.worker", _with_model_checked(settings), "[worker]")
-    return 0
+    return _start("llmboost_worker.worker", _with_model_checked(settings), "[worker]")
 
 
-def _start(module: str, settings: CommonSettings, extra: str) -> None:
-    """Runs one side in this process. By name: `shared/` imports neither side (DESIGN, the house)."""
+def _start(module: str, settings: CommonSettings, extra: str) -> int:
+    """Runs one side in this process; returns its exit code.
+
+    By name, when it is asked for: `shared/` imports neither side.
+    """
     try:
-        run_side: Callable[[CommonSettings], None] = import_module(module).run
+        run_side: Callable[[CommonSettings], int | None] = import_module(module).run
     except ModuleNotFoundError as error:
         if error.name is None or error.name.startswith("llmboost"):
             raise
         raise UsageError(
             f"the package {error.name!r} is missing: pip install 'llmboost{extra}' brings it"
         ) from None
-    run_side(settings)
+    return run_side(settings) or 0
 
 
 def _need_redis(settings: CommonSettings) -> None:
@@ -121,18 +121,18 @@ def _need_redis(settings: CommonSettings) -> None:
 
 
 def _with_model_checked(settings: W) -> W:
-    """The settings, with a model's path made plain.
+    """The settings, with `~` in a model's path made plain; otherwise the name stays as it is given.
 
     Raises:
         UsageError: the model is written as a path, and there is no such folder.
     """
     if not settings.model.startswith(("./", "../", "/", "~")) and settings.model not in (".", ".."):
         return settings
-    path = Path(settings.model).expanduser()
-    if not path.is_dir():
-        what = "is not a folder" if path.exists() else "does not exist"
+    path = os.path.expanduser(settings.model)
+    if not os.path.isdir(path):
+        what = "is not a folder" if os.path.exists(path) else "does not exist"
         raise UsageError(f"model {settings.model!r} {what}")
-    return settings.model_copy(update={"model": str(path)})
+    return settings.model_copy(update={"model": path})
 
 
 def _check_port(settings: ApiSettings) -> None:

@@ -32,8 +32,8 @@ async def _announce(settings: WorkerSettings) -> None:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     registry = Registry(connect(settings.redis_url))
     names = settings.served_model_name or (settings.model,)
-    models = [ModelCard(name, settings.model, 128, int(time.time())) for name in names]
-    card = WorkerCard(f"standin-{os.getpid()}", settings.model, "none", "cpu", settings.max_num_seqs, 0, 0)
+    models = [ModelCard(name, names[0], 128, int(time.time())) for name in names]
+    card = WorkerCard(f"standin-{os.getpid()}", names[0], "none", "cpu", settings.max_num_seqs, 0, 0)
     while not stop.is_set():
         with suppress(RedisError, OSError):  # Redis may be away; it will be back
             await registry.announce(card, models, ttl=1.0)
