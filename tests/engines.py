@@ -17,7 +17,7 @@ from llmboost_worker.engine.interface import (
 
 
 def scripted_token(request: SequenceRequest, position: int, vocabulary: list[int]) -> int:
-    """The token at a position: by prompt, seed and choice, so that each sequence is its own, and repeatable."""
+    """The token at a position: by prompt, seed and choice, so that each sequence is its own."""
     key = repr((request.prompt_ids, request.sampling.seed, request.choice, position)).encode()
     return vocabulary[int.from_bytes(hashlib.sha256(key).digest()[:4]) % len(vocabulary)]
 
