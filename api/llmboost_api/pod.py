@@ -1,0 +1,95 @@
+"""What all requests of one API process share: Redis, the tailer, and the tasks beside them."""
+
+import asyncio
+import logging
+import os
+import random
+import secrets
+import socket
+from contextlib import AsyncExitStack
+from types import TracebackType
+
+from fastapi import Request
+from redis.exceptions import RedisError
+
+from llmboost.connection import connect
+from llmboost.queue import JobQueue
+from llmboost.registry import Registry
+from llmboost.settings import ApiSettings
+from llmboost.streams import TokenStreams
+from llmboost.tailer import Tailer
+from llmboost_api.directory import ModelDirectory
+from llmboost_api.generation import Generations
+
+log = logging.getLogger(__name__)
+
+REAP_EVERY_S = 1.0
+REAP_TIMEOUT_S = 10.0
+"""Long enough for a hundred seals; a reaper that Redis leaves hanging says so and starts again."""
+
+
+class Pod:
+    """One API process; `async with Pod(settings):` runs it. Lives on while Redis is away.
+
+    Raises:
+        ValueError: no Redis URL was given, or it is none.
+    """
+
+    def __init__(self, settings: ApiSettings) -> None:
+        if settings.redis_url is None:
+            raise ValueError(
+                "An API pod needs a Redis server: give --redis-url or LLMBOOST_REDIS_URL, "
+                "or start everything with `llmboost serve`."
+            )
+        self.settings = settings
+        self.id = f"pod-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.redis = connect(settings.redis_url, client_name=self.id)
+        self.streams = TokenStreams(self.redis, settings.retention)
+        self.queue = JobQueue(self.redis, self.streams)
+        self.registry = Registry(self.redis)
+        self.models = ModelDirectory(self.registry)
+        self.tailer = Tailer(self.streams, redis_url=settings.redis_url, grace=settings.grace)
+        self.generations = Generations(self.queue, self.tailer, settings, self.id)
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> "Pod":
+        self._stack.push_async_callback(self.redis.aclose)
+        await self._stack.enter_async_context(self.tailer)
+        await self._stack.enter_async_context(self.generations)
+        reaper = asyncio.create_task(self._reap(), name="reaper")
+        self._stack.push_async_callback(_cancelled, reaper)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+    async def _reap(self) -> None:
+        """Seals what nobody else will: any pod may, and several at once do no harm."""
+        failing = False
+        while True:
+            await asyncio.sleep(REAP_EVERY_S * random.uniform(0.5, 1.5))
+            try:
+                async with asyncio.timeout(REAP_TIMEOUT_S):
+                    sealed = await self.queue.reap(by=self.id)
+                if sealed:
+                    log.warning("reaped: sealed=%d", sealed)
+                failing = False
+            except (RedisError, OSError, TimeoutError) as error:
+                if not failing:
+                    log.warning("reaper: waiting for Redis: %s: %s", type(error).__name__, error)
+                failing = True
+            except Exception:
+                log.exception("reaper: going on after an error")
+
+
+async def _cancelled(task: "asyncio.Task[None]") -> None:
+    task.cancel()
+    await asyncio.wait([task])
+
+
+def pod_of(request: Request) -> Pod:
+    """The pod that serves this request."""
+    pod: Pod = request.app.state.pod
+    return pod
