@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+LogLevel = Literal["debug", "info", "warning", "error"]
+
 DEMO_MODEL = "llmboost-demo"
 """The model in the repository; a name like any other, found without a hub."""
 
@@ -41,9 +43,7 @@ class CommonSettings(BaseSettings):
         5.0, description="Seconds for which a generation goes on after its last reader has left."
     )
     retention: PositiveFloat = Field(600.0, description="Seconds for which a finished stream stays readable.")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", description="What to log, on standard error."
-    )
+    log_level: LogLevel = Field("info", description="What to log, on standard error.")
 
 
 class ApiSettings(CommonSettings):

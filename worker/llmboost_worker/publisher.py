@@ -1,0 +1,112 @@
+"""Appends what the engine produces to the token streams: one pipeline per step, whatever the number of jobs.
+
+`publish` only queues and returns, so the event loop never waits for Redis while the engine steps on. What
+comes while a pipeline is under way goes into the next one. While Redis is away everything is kept, bounded by
+the tokens that the running requests may still produce, and sent when it is back.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from redis.asyncio import Redis
+from redis.exceptions import ConnectionError as RedisConnectionError
+
+from llmboost.entries import ChoiceDelta, Delta
+from llmboost.streams import StreamEnded, TokenStreams, Writer, append_to, is_passing, persist
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Outbox:
+    """What one attempt has still to append to its stream, in order."""
+
+    writer: Writer
+    on_end: Callable[[StreamEnded], None]
+    """Called once if the stream turns out to have ended; nothing is sent after that."""
+    pending: deque[Delta] = field(default_factory=deque)
+    in_flight: tuple[str, Delta] | None = None
+    """Entry id and content; kept unchanged until its outcome is known."""
+    empty: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self.empty.set()
+
+    def take(self) -> tuple[str, Delta]:
+        """The entry to send: the one in flight, else all that is pending as one entry."""
+        if self.in_flight is None:
+            choices = [choice for delta in self.pending for choice in delta.choices]
+            prompt_tokens = next((d.prompt_tokens for d in self.pending if d.prompt_tokens is not None), None)
+            self.pending.clear()
+            self.in_flight = self.writer.next_id(), Delta(choices, prompt_tokens)
+        return self.in_flight
+
+
+class Publisher:
+    """The one writer of deltas in a worker."""
+
+    def __init__(self, redis: Redis, streams: TokenStreams) -> None:
+        self._redis = redis
+        self._streams = streams
+        self._ready: dict[int, Outbox] = {}
+        self._work = asyncio.Event()
+
+    def publish(self, outbox: Outbox, choices: list[ChoiceDelta], prompt_tokens: int | None = None) -> None:
+        """Queues what a step added to a request."""
+        outbox.pending.append(Delta(choices, prompt_tokens))
+        outbox.empty.clear()
+        self._ready[id(outbox)] = outbox
+        self._work.set()
+
+    def discard(self, outbox: Outbox) -> None:
+        """Forgets what has not been sent: the attempt is over."""
+        outbox.pending.clear()
+        outbox.in_flight = None
+        outbox.empty.set()
+        self._ready.pop(id(outbox), None)
+
+    async def run(self) -> None:
+        """Sends for as long as the worker runs."""
+        while True:
+            await self._work.wait()
+            self._work.clear()
+            await persist(self._send)
+
+    async def _send(self) -> None:
+        """One pipeline with the next entry of every outbox.
+
+        Raises:
+            RedisError: an outcome is unknown; the same entries are sent again by the next call.
+        """
+        batch = [(outbox, *outbox.take()) for outbox in self._ready.values()]
+        if not batch:
+            return
+        pipe = self._redis.pipeline(transaction=False)
+        for outbox, entry_id, delta in batch:
+            append_to(pipe, outbox.writer.job_id, entry_id, delta)
+        replies = await pipe.execute(raise_on_error=False)
+        again = False
+        for (outbox, entry_id, _), reply in zip(batch, replies, strict=True):
+            if outbox.in_flight is None or outbox.in_flight[0] != entry_id:
+                continue  # discarded while it was under way
+            try:
+                await self._streams.check_reply(outbox.writer, entry_id, reply)
+            except StreamEnded as ended:
+                self.discard(outbox)
+                outbox.on_end(ended)
+            except Exception as error:
+                if not is_passing(error):
+                    logger.exception("entry %s of %s failed", entry_id, outbox.writer.job_id)
+                again = True
+            else:
+                outbox.in_flight = None
+                if outbox.pending:
+                    self._work.set()
+                else:
+                    outbox.empty.set()
+                    del self._ready[id(outbox)]
+        if again:
+            raise RedisConnectionError("some entries were not accepted")

@@ -1,0 +1,246 @@
+"""The worker process: loads a model, then claims and runs its jobs until it is told to go."""
+
+import asyncio
+import logging
+import os
+import secrets
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import uvloop
+from arq.worker import func
+from redis.exceptions import RedisError
+
+from llmboost import logs
+from llmboost.connection import connect
+from llmboost.jobs import FUNCTION, OpaqueJob
+from llmboost.queue import JobQueue
+from llmboost.reaper import reap_forever
+from llmboost.registry import ModelCard, Registry, WorkerCard
+from llmboost.settings import WorkerSettings
+from llmboost.streams import StreamFenced, TokenStreams
+from llmboost_worker.audience import AudienceWatch
+from llmboost_worker.engine.interface import Engine, EngineError, EngineInfo, StepOutput
+from llmboost_worker.generation import Generator
+from llmboost_worker.leased import LeasedWorker
+from llmboost_worker.models import locate
+from llmboost_worker.publisher import Publisher
+from llmboost_worker.text import Tokenizer, TokenizerError
+
+logger = logging.getLogger(__name__)
+
+EXIT_WITHIN_S = 10.0
+"""After a signal: the process ends then even if Redis or the engine does not let it finish."""
+
+T = TypeVar("T")
+Load = Callable[[WorkerSettings], tuple[Engine, Tokenizer]]
+
+
+class WorkerProcess:
+    """Everything that one worker is made of."""
+
+    def __init__(self, settings: WorkerSettings, load: "Load | None" = None) -> None:
+        """`load` makes the engine, not yet started, and its tokenizer; tests give their own."""
+        if settings.redis_url is None:
+            raise ValueError("a worker needs --redis-url")
+        self.settings = settings
+        self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(2)}"
+        self.names = settings.served_model_name or (settings.model,)
+        self.redis = connect(settings.redis_url, client_name=f"llmboost-worker-{os.getpid()}")
+        self.streams = TokenStreams(self.redis, settings.retention)
+        self.queue = JobQueue(self.redis, self.streams)
+        self.registry = Registry(self.redis)
+        self.publisher = Publisher(self.redis, self.streams)
+        self._load = load or load_model
+        self.engine: Engine | None = None
+        self.generator: Generator | None = None
+        self.cards: list[ModelCard] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self.arq = LeasedWorker(
+            self.queue,
+            model=self.names[0],
+            owner=self.id,
+            lease=settings.lease,
+            max_tries=settings.max_tries,
+            max_jobs=settings.max_num_seqs,
+            redis_pool=self.redis,
+            functions=[func(self.generate, name=FUNCTION)],
+            on_startup=self.start,
+            on_shutdown=self.stop,
+        )
+
+    # arq calls these
+
+    async def start(self, ctx: dict[Any, Any]) -> None:
+        """Loads the model, then says that it is served.
+
+        Raises:
+            EngineError, TokenizerError: it can't be; says why.
+        """
+        loop = asyncio.get_running_loop()
+        engine, tokenizer = await _in_thread(lambda: self._load(self.settings))
+        self.engine = engine
+
+        def on_step(step: StepOutput) -> None:
+            loop.call_soon_threadsafe(self._deliver, step)
+
+        def on_failure(error: BaseException) -> None:
+            loop.call_soon_threadsafe(self._engine_failed, error)
+
+        info = await _in_thread(lambda: engine.start(on_step, on_failure))
+        self.generator = Generator(engine, info, tokenizer, self.streams, self.publisher, self.id)
+        self.cards = [
+            ModelCard(name, self.names[0], info.max_model_len, int(time.time())) for name in self.names
+        ]
+        watch = AudienceWatch(
+            self.streams,
+            self.settings.grace,
+            self.id,
+            running=lambda: [generation.job for generation in self._generator.running.values()],
+            end=self._generator.end,
+        )
+        self.arq.on_lost = lambda job_id: self._generator.end(
+            job_id, StreamFenced(f"{job_id}: the lease was lost")
+        )
+        await self._announce(info)
+        self._tasks = [
+            loop.create_task(self.publisher.run()),
+            loop.create_task(watch.run()),
+            loop.create_task(self._heartbeat(info)),
+            loop.create_task(reap_forever(self.queue, self.id)),
+        ]
+        logger.info(
+            "serving %s with %s on %s in %s: %d sequences, context %d",
+            ", ".join(self.names),
+            info.engine,
+            info.device,
+            info.dtype,
+            info.max_num_seqs,
+            info.max_model_len,
+        )
+
+    async def stop(self, ctx: dict[Any, Any]) -> None:
+        """Frees the model and says goodbye; the jobs have been handed back by now."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        try:
+            async with asyncio.timeout(1):
+                await self.registry.withdraw(self.id)
+                # A wake token that this worker popped while it was told to go must wake another.
+                await self.queue.wake(self.names[0])
+        except (RedisError, OSError, TimeoutError) as error:
+            logger.warning("can't say goodbye: %s", error)
+        if self.engine is not None:
+            await _in_thread(self.engine.close)
+
+    async def generate(self, ctx: dict[Any, Any], opaque: OpaqueJob) -> None:
+        """arq's function: runs one job."""
+        job_id: str = ctx["job_id"]
+        claim = self.arq.claims.get(job_id)
+        if claim is not None:  # else the lease was lost before it began
+            await self._generator.run(opaque.decode(), claim.attempt)
+
+    @property
+    def _generator(self) -> Generator:
+        assert self.generator is not None, "the engine has not been started"
+        return self.generator
+
+    # The engine calls these, on the event loop
+
+    def _deliver(self, step: StepOutput) -> None:
+        self._generator.deliver(step)
+
+    def _engine_failed(self, error: BaseException) -> None:
+        # Another worker takes the jobs over when their leases lapse, each at the cost of a try: one of
+        # them may be what killed the engine.
+        logger.critical("the engine has ended: %r", error)
+        os._exit(os.EX_SOFTWARE)
+
+    # Heartbeat
+
+    async def _heartbeat(self, info: EngineInfo) -> None:
+        while True:
+            try:
+                await self.arq.renew()
+                await self._announce(info)
+                for job_id in await self.queue.reclaim(self.names[0]):
+                    logger.warning("%s: its worker's lease has lapsed; back in the queue", job_id)
+            except (RedisError, OSError) as error:
+                logger.warning("no heartbeat: %s", error)
+            await asyncio.sleep(self.settings.lease / 5)
+
+    async def _announce(self, info: EngineInfo) -> None:
+        assert self.engine is not None
+        stats = self.engine.stats()
+        card = WorkerCard(
+            self.id, self.names[0], info.engine, info.device, info.max_num_seqs, stats.running, stats.waiting
+        )
+        await self.registry.announce(card, self.cards, self.settings.lease)
+
+
+def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
+    """The engine that the settings name, not yet started, and the model's tokenizer."""
+    from llmboost_worker.engine.transformers import TransformersEngine
+
+    model = locate(settings.model)
+    tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
+    return TransformersEngine(settings, model), tokenizer
+
+
+async def _in_thread(call: Callable[[], T]) -> T:
+    """Awaits a blocking call in a daemon thread: a signal while a model loads must not wait for it."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def settle(value: T | None, error: BaseException | None) -> None:
+        if result.done():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(value)  # type: ignore[arg-type]
+
+    def work() -> None:
+        try:
+            value = call()
+        except BaseException as error:
+            loop.call_soon_threadsafe(settle, None, error)
+        else:
+            loop.call_soon_threadsafe(settle, value, None)
+
+    threading.Thread(target=work, daemon=True).start()
+    return await result
+
+
+def run(settings: WorkerSettings) -> int:
+    """Runs a worker until SIGTERM or SIGINT; returns the process's exit status.
+
+    `EX_CONFIG` means that it can't serve this model and starting it again won't help.
+    """
+    logs.configure(settings.log_level)
+    uvloop.install()
+    asyncio.set_event_loop(asyncio.new_event_loop())
+    worker = WorkerProcess(settings)
+    worker.arq.on_stop = lambda _: _exit_soon()
+    try:
+        worker.arq.run()
+    except (EngineError, TokenizerError) as error:
+        print(f"llmboost worker: {error}", file=sys.stderr)
+        return os.EX_CONFIG
+    return os.EX_OK
+
+
+def _exit_soon() -> None:
+    """Bounds a shutdown that Redis or the engine holds up; a second signal ends it at once."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().remove_signal_handler(signum)
+        signal.signal(signum, lambda *_: os._exit(os.EX_TEMPFAIL))
+    timer = threading.Timer(EXIT_WITHIN_S, lambda: os._exit(os.EX_TEMPFAIL))
+    timer.daemon = True
+    timer.start()
