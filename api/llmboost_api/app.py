@@ -1,11 +1,11 @@
 """The API process: the FastAPI app, and the server that runs it."""
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
+from llmboost import logs
 from llmboost.settings import ApiSettings
 from llmboost_api import errors, openapi
 from llmboost_api.middleware import RequestContext
@@ -48,7 +48,5 @@ def run(settings: ApiSettings) -> None:
     Raises:
         SystemExit: it could not start; the log says why.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    logs.configure(settings.log_level)
     PodServer(create_app(settings), settings).run()

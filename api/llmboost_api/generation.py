@@ -20,7 +20,7 @@ from llmboost_api import errors
 from llmboost_api.directory import no_redis
 from llmboost_api.errors import ApiError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 Step = tuple[int, list[ReadEntry]]
 """(index of the job, entries of its stream that came together)."""
@@ -109,10 +109,10 @@ class Generation:
         except StreamGone:
             raise errors.from_stream(GONE) from None
         except StreamGap as gap:
-            log.error("gap: job_id=%s %s", self.jobs[0].id, gap)
+            logger.error("gap: job_id=%s %s", self.jobs[0].id, gap)
             raise errors.from_stream(GAP) from None
         except (RedisError, OSError) as error:
-            log.error("tailing failed: job_id=%s %s: %s", self.jobs[0].id, type(error).__name__, error)
+            logger.error("tailing failed: job_id=%s %s: %s", self.jobs[0].id, type(error).__name__, error)
             raise errors.from_stream(LOST_REDIS) from error
         finally:
             self._waiting = None
@@ -234,7 +234,7 @@ class Generations:
                 for job in jobs:
                     await persist(partial(self.queue.cancel, job.id, terminal))
         except (TimeoutError, RedisError, OSError) as error:
-            log.warning("not withdrawn: job_id=%s %s", jobs[0].id, type(error).__name__)
+            logger.warning("not withdrawn: job_id=%s %s", jobs[0].id, type(error).__name__)
 
     def _in_background(self, coroutine: "Coroutine[Any, Any, None]") -> None:
         task = asyncio.create_task(coroutine)

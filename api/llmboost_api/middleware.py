@@ -9,7 +9,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from llmboost.jobs import new_id
 from llmboost_api import errors
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 def request_id(request: HTTPConnection) -> str:
@@ -50,11 +50,11 @@ class RequestContext:
         try:
             await self.app(scope, receive, send_with_id)
         except ClientDisconnect:
-            log.debug("client left: request_id=%s", state["request_id"])
+            logger.debug("client left: request_id=%s", state["request_id"])
         except SendTimeoutError:
-            log.info("client stopped reading: request_id=%s", state["request_id"])
+            logger.info("client stopped reading: request_id=%s", state["request_id"])
         except Exception:
-            log.exception(
+            logger.exception(
                 "internal error: request_id=%s method=%s path=%r",
                 state["request_id"],
                 scope["method"],

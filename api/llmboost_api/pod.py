@@ -1,31 +1,23 @@
 """What all requests of one API process share: Redis, the tailer, and the tasks beside them."""
 
 import asyncio
-import logging
 import os
-import random
 import secrets
 import socket
 from contextlib import AsyncExitStack
 from types import TracebackType
 
 from fastapi import Request
-from redis.exceptions import RedisError
 
 from llmboost.connection import connect
 from llmboost.queue import JobQueue
+from llmboost.reaper import reap_forever
 from llmboost.registry import Registry
 from llmboost.settings import ApiSettings
 from llmboost.streams import TokenStreams
 from llmboost.tailer import Tailer
 from llmboost_api.directory import ModelDirectory
-from llmboost_api.generation import Generations
-
-log = logging.getLogger(__name__)
-
-REAP_EVERY_S = 1.0
-REAP_TIMEOUT_S = 10.0
-"""Long enough for a hundred seals; a reaper that Redis leaves hanging says so and starts again."""
+from llmboost_api.generation import Generations, discard
 
 
 class Pod:
@@ -56,37 +48,14 @@ class Pod:
         self._stack.push_async_callback(self.redis.aclose)
         await self._stack.enter_async_context(self.tailer)
         await self._stack.enter_async_context(self.generations)
-        reaper = asyncio.create_task(self._reap(), name="reaper")
-        self._stack.push_async_callback(_cancelled, reaper)
+        reaper = asyncio.create_task(reap_forever(self.queue, self.id))
+        self._stack.push_async_callback(discard, reaper)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self._stack.aclose()
-
-    async def _reap(self) -> None:
-        """Seals what nobody else will: any pod may, and several at once do no harm."""
-        failing = False
-        while True:
-            await asyncio.sleep(REAP_EVERY_S * random.uniform(0.5, 1.5))
-            try:
-                async with asyncio.timeout(REAP_TIMEOUT_S):
-                    sealed = await self.queue.reap(by=self.id)
-                if sealed:
-                    log.warning("reaped: sealed=%d", sealed)
-                failing = False
-            except (RedisError, OSError, TimeoutError) as error:
-                if not failing:
-                    log.warning("reaper: waiting for Redis: %s: %s", type(error).__name__, error)
-                failing = True
-            except Exception:
-                log.exception("reaper: going on after an error")
-
-
-async def _cancelled(task: "asyncio.Task[None]") -> None:
-    task.cancel()
-    await asyncio.wait([task])
 
 
 def pod_of(request: Request) -> Pod:

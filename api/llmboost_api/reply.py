@@ -17,7 +17,7 @@ from llmboost_api.protocol.sampling import GenerationRequest
 from llmboost_api.protocol.shape import Choice, Shape
 from llmboost_api.sse import Framer, add_usage, error_frame, event_source
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 class Reply(Response):
@@ -95,7 +95,7 @@ class Reply(Response):
         except ApiError as error:
             yield error_frame(error)
         except Exception:
-            log.exception("internal error: request_id=%s", job_id)
+            logger.exception("internal error: request_id=%s", job_id)
             yield error_frame(errors.internal(job_id))
 
 

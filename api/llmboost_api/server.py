@@ -13,7 +13,7 @@ from sse_starlette.sse import AppStatus
 
 from llmboost.settings import ApiSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_S = 75
 """Longer than reverse proxies keep idle connections, or they would send requests into closed ones."""
@@ -60,11 +60,13 @@ class PodServer(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
-        log.info("ready: serving on http://%s:%d", host, self.port)
+        logger.info("ready: serving on http://%s:%d", host, self.port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         generations = self._app.state.pod.generations
-        log.info("draining: running=%d timeout=%gs", len(generations.running), self._settings.drain_timeout)
+        logger.info(
+            "draining: running=%d timeout=%gs", len(generations.running), self._settings.drain_timeout
+        )
         ending = asyncio.get_running_loop().call_later(self._settings.drain_timeout, generations.end_all)
         try:
             await super().shutdown(sockets)
@@ -74,6 +76,6 @@ class PodServer(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         del frame
         if self.should_exit:
-            log.warning("%s again: not waiting for what still runs", signal.Signals(sig).name)
+            logger.warning("%s again: not waiting for what still runs", signal.Signals(sig).name)
             self.force_exit = True
         self.should_exit = True
