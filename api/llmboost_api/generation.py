@@ -15,7 +15,7 @@ from llmboost.jobs import GenerationJob, now
 from llmboost.queue import DEADLINE_ERROR, JobQueue, QueueFull
 from llmboost.settings import ApiSettings
 from llmboost.streams import StreamGap, StreamGone, persist
-from llmboost.tailer import Subscription, Tailer
+from llmboost.tailer import Subscription, Tailer, TailerClosed
 from llmboost_api import errors
 from llmboost_api.directory import no_redis
 from llmboost_api.errors import ApiError
@@ -111,7 +111,7 @@ class Generation:
         except StreamGap as gap:
             logger.error("gap: job_id=%s %s", self.jobs[0].id, gap)
             raise errors.from_stream(GAP) from None
-        except (RedisError, OSError) as error:
+        except (RedisError, OSError, TailerClosed) as error:
             logger.error("tailing failed: job_id=%s %s: %s", self.jobs[0].id, type(error).__name__, error)
             raise errors.from_stream(LOST_REDIS) from error
         finally:

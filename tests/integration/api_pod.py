@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+import msgspec
 from arq.connections import ArqRedis
 from openai import AsyncOpenAI
 
@@ -154,13 +155,36 @@ class RunningPod:
         running: set[Any] = self.server.config.app.state.pod.generations.running  # type: ignore[union-attr]
         return running
 
-    async def stream(self, path: str, body: dict[str, Any]) -> list[str]:
-        """Raw frames of a stream, without their closing blank lines."""
+    async def stream(self, path: str, body: dict[str, Any]) -> "list[Frame]":
+        """All frames of a stream that ends by itself."""
         async with self.http.stream("POST", path, json=body) as response:
             assert response.status_code == 200, await response.aread()
-            text = (await response.aread()).decode()
-        assert text.endswith("\n\n")
-        return text[:-2].split("\n\n")
+            return frames_of((await response.aread()).decode())
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One event, as raw as can be."""
+
+    id: str | None
+    data: str
+
+    @property
+    def json(self) -> Any:
+        return msgspec.json.decode(self.data)
+
+
+def frames_of(text: str) -> list[Frame]:
+    """Refuses anything but `id:` lines, `data:` lines and pings."""
+    text = text.replace(": ping\n", "")
+    assert text.endswith("\n\n"), text
+    frames = []
+    for event in text[:-2].split("\n\n"):
+        *ids, data = event.split("\n")
+        assert data.startswith("data: "), event
+        assert len(ids) <= 1 and all(line.startswith("id: ") for line in ids), event
+        frames.append(Frame(ids[0][4:] if ids else None, data[6:]))
+    return frames
 
 
 @asynccontextmanager

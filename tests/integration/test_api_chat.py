@@ -42,10 +42,8 @@ async def pod(redis_url: str, worker: ScriptedWorker) -> AsyncIterator[RunningPo
 async def test_stream_is_written_as_documented(pod: RunningPod, worker: ScriptedWorker) -> None:
     """Chunks are the documented ones: role and first text together, an empty delta with the reason, [DONE]."""
     frames = await pod.stream("/v1/chat/completions", chat(stream=True))
-    ids = [frame.split("\n")[0] for frame in frames]
-    data = [frame.split("\n")[1].removeprefix("data: ") for frame in frames]
-    assert data[-1] == "[DONE]"
-    chunks = [json.loads(each) for each in data[:-1]]
+    assert frames[-1].data == "[DONE]"
+    chunks = [frame.json for frame in frames[:-1]]
     job = worker.jobs[0]
     for chunk in chunks:
         assert list(chunk) == ["id", "object", "created", "model", "system_fingerprint", "choices"]
@@ -57,5 +55,4 @@ async def test_stream_is_written_as_documented(pod: RunningPod, worker: Scripted
         [{"index": 0, "delta": {}, "finish_reason": "stop"}],
     ]
     # The last word and the reason came in one entry: its cursor goes with the last of its frames.
-    assert ids[:4] == [f"id: 1-{n}" for n in range(1, 5)]
-    assert ids[4].startswith("data: ") or ids[4] == "id: 1-5"
+    assert [frame.id for frame in frames] == ["1-1", "1-2", "1-3", "1-4", None, "1-5", SEAL_ID]
