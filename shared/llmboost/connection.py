@@ -1,12 +1,17 @@
 """Connections to Redis, made in one place: timeouts, keepalive, and no silent retry of a write."""
 
+import asyncio
+from collections.abc import Iterable
 from typing import Any, cast
 
 import msgspec
 from arq.connections import ArqRedis
 from redis.asyncio import ConnectionPool
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llmboost.jobs import OpaqueJob
 
@@ -14,6 +19,36 @@ BLOCK_S = 2.0
 """The longest that any command here blocks on the server."""
 SOCKET_TIMEOUT_S = BLOCK_S + 3.0
 """Longer than any BLOCK, or a healthy wait would look like a dead connection."""
+
+
+class _CancellableSend(AbstractConnection):
+    """redis-py sends under `asyncio.wait_for`, which on Python 3.11 costs a task for every command, and
+    swallows a cancellation that comes as the send ends (python/cpython#86296): the caller then waits for
+    a reply and goes on as if nobody had cancelled it. This sends under `asyncio.timeout`.
+    """
+
+    async def send_packed_command(
+        self, command: bytes | str | Iterable[bytes], check_health: bool = True
+    ) -> None:
+        if not self.is_connected:
+            await self.connect()  # type: ignore[no-untyped-call]
+        elif check_health:
+            await self.check_health()  # type: ignore[no-untyped-call]
+        if isinstance(command, str):
+            command = command.encode()
+        try:
+            async with asyncio.timeout(self.socket_timeout):
+                await self._send_packed_command([command] if isinstance(command, bytes) else command)
+        except TimeoutError:
+            await self.disconnect(nowait=True)
+            raise RedisTimeoutError("Timeout writing to socket") from None
+        except OSError as error:
+            await self.disconnect(nowait=True)
+            raise RedisConnectionError(f"Error while writing to socket: {error}") from error
+        except BaseException:
+            # The command may be half written, so the connection is of no more use.
+            await self.disconnect(nowait=True)
+            raise
 
 
 def connect(url: str, *, client_name: str | None = None) -> ArqRedis:
@@ -25,16 +60,22 @@ def connect(url: str, *, client_name: str | None = None) -> ArqRedis:
     Raises:
         ValueError: the URL is not a Redis URL.
     """
+    tcp_only = {} if url.startswith("unix:") else {"socket_keepalive": True}
     pool = ConnectionPool.from_url(
         url,
         client_name=client_name,
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=3.0,
-        socket_keepalive=True,
         health_check_interval=15,
         retry=Retry(NoBackoff(), 0),
+        **tcp_only,
     )
-    return ArqRedis(pool, job_serializer=serialize, job_deserializer=deserialize)
+    # The URL decides between plain, TLS and Unix sockets.
+    pool.connection_class = type("LLMBoostConnection", (_CancellableSend, pool.connection_class), {})
+    client = ArqRedis(pool, job_serializer=serialize, job_deserializer=deserialize)
+    # Or `aclose` would leave the connections open, as if the pool were somebody else's.
+    client.auto_close_connection_pool = True
+    return client
 
 
 def _plain(value: Any) -> Any:

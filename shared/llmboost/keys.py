@@ -26,6 +26,11 @@ def stream(job_id: str) -> str:
     return f"llmboost:stream:{{{job_id}}}"
 
 
+def tailer_wake(tailer: str) -> str:
+    """Stream: an entry ends the XREAD in which a tailer waits."""
+    return f"llmboost:tailer:{tailer}"
+
+
 def queue(model: str, job_class: JobClass) -> str:
     """Sorted set: ids of waiting jobs, by enqueue time (ms, with fractions); smaller is nearer the head."""
     return f"llmboost:queue:{model}:{job_class}"

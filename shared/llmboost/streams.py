@@ -46,6 +46,12 @@ def is_cursor(text: str) -> bool:
     return re.fullmatch(r"[0-9]{1,16}-[0-9]{1,16}", text) is not None
 
 
+def position(entry_id: str | bytes) -> tuple[int, int]:
+    """An entry id as what Redis sorts it by."""
+    attempt, n = entry_id.split(b"-") if isinstance(entry_id, bytes) else entry_id.split("-")
+    return int(attempt), int(n)
+
+
 # --- Endings of a write or a read ---------------------------------------------------------------------
 
 
@@ -147,7 +153,7 @@ if not top then
   outcome = 'gone'
 elseif top[1] == seal_id then
   outcome = top[2][2] == payload and 'written' or 'sealed'
-elseif attempt ~= '' and string.match(top[1], '^%d+') ~= attempt then
+elseif attempt ~= '' and tonumber(string.match(top[1], '^%d+')) > tonumber(attempt) then
   return 'fenced'
 else
   redis.call('XADD', KEYS[1], seal_id, 'e', payload)
@@ -186,7 +192,16 @@ return scores
 """
 )
 
-_PASSING = ("LOADING", "READONLY", "MASTERDOWN", "MISCONF", "OOM", "You can't write against")
+_PASSING = (
+    "LOADING",
+    "READONLY",
+    "You can't write against",  # redis-py's READONLY
+    "MASTERDOWN",
+    "MISCONF",
+    "OOM",
+    "BUSY ",  # with another script
+    "UNBLOCKED",  # by a failover
+)
 _REFUSED = "equal or smaller than the target stream top item"
 
 
