@@ -4,10 +4,10 @@ import msgspec
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from text_tokenizers import ALL, byte_fallback, byte_level, token_id
 
 from llmboost.jobs import SamplingParams
 from llmboost_worker.text import ChoiceText, Tokenizer
+from tests.unit.text_tokenizers import ALL, byte_fallback, byte_level, token_id
 
 STOPS = st.lists(st.sampled_from(["a", "lo", "世", "😀", " w", "\n\n", "world", "�", "👩‍👧"]), max_size=4)
 TEXT_PARTS = st.lists(

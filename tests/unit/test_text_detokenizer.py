@@ -9,7 +9,14 @@ from functools import cache
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_tokenizers import (
+
+from llmboost_worker.text import Detokenizer, Tokenizer
+from llmboost_worker.text.detokenizer import (
+    ByteFallbackDetokenizer,
+    ByteLevelDetokenizer,
+    WindowDetokenizer,
+)
+from tests.unit.text_tokenizers import (
     ALL,
     byte_fallback,
     byte_fallback_of_transformers,
@@ -19,13 +26,6 @@ from text_tokenizers import (
     token_id,
     unigram,
     word_piece,
-)
-
-from llmboost_worker.text import Detokenizer, Tokenizer
-from llmboost_worker.text.detokenizer import (
-    ByteFallbackDetokenizer,
-    ByteLevelDetokenizer,
-    WindowDetokenizer,
 )
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=40) | st.text(

@@ -5,11 +5,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_tokenizers import byte_level, byte_level_of_transformers, token_id
 
 from llmboost.jobs import Prompt
 from llmboost_worker.text import PromptError, Tokenizer, encode_prompt, render_prompt
 from llmboost_worker.text.template import plain_messages
+from tests.unit.text_tokenizers import byte_level, byte_level_of_transformers, token_id
 
 HELLO = [{"role": "user", "content": "Hello"}]
 

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_tokenizers import (
+from tokenizers import decoders
+
+from llmboost_worker.text import Tokenizer, TokenizerError
+from tests.unit.text_tokenizers import (
     ALL,
     CORPUS,
     byte_fallback,
@@ -20,9 +23,6 @@ from text_tokenizers import (
     unigram,
     word_piece,
 )
-from tokenizers import decoders
-
-from llmboost_worker.text import Tokenizer, TokenizerError
 
 
 def test_importing_loads_neither_torch_nor_transformers() -> None:
