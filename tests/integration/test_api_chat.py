@@ -1,26 +1,18 @@
 """POST /v1/chat/completions: the protocol, as official clients and raw readers see it."""
 
-import asyncio
-import json
 from collections.abc import AsyncIterator
 
-import openai
 import pytest
 from arq.connections import ArqRedis
 
-from llmboost.entries import ChoiceDelta, Delta, TokenLogprob
 from llmboost.streams import SEAL_ID, TokenStreams
 
 from .api_pod import (
     MODEL,
-    ROOT,
     WORDS,
     RunningPod,
     ScriptedWorker,
     chat,
-    ends,
-    fails,
-    says,
     serving,
     settings_for,
     working,
