@@ -17,7 +17,7 @@ from llmboost_worker.engine.interface import (
 
 
 def scripted_token(request: SequenceRequest, position: int, vocabulary: list[int]) -> int:
-    """The token at a position: by prompt, seed and choice, so that each sequence is its own, and repeatable."""
+    """The token at a position: by prompt, seed and choice, so that each sequence is its own."""
     key = repr((request.prompt_ids, request.sampling.seed, request.choice, position)).encode()
     return vocabulary[int.from_bytes(hashlib.sha256(key).digest()[:4]) % len(vocabulary)]
 
@@ -34,7 +34,7 @@ class ScriptedEngine(Engine):
         """Ids of sequences whose next step fails."""
         self.sequences: dict[str, tuple[SequenceRequest, list[int]]] = {}
         self.info = EngineInfo(
-            max_model_len, max(vocabulary) + 1, 8, () if eos is None else (eos,), "scripted", "none", "none"
+            max_model_len, 1000, 8, () if eos is None else (eos,), "scripted", "none", "none"
         )
         self.closed = False
         self._steps = 0

@@ -16,7 +16,7 @@ from llmboost.registry import Registry
 from llmboost.settings import WorkerSettings
 from llmboost.streams import TokenStreams, Transcript, Writer
 from llmboost_worker.engine.interface import SequenceRequest
-from llmboost_worker.text import Tokenizer
+from llmboost_worker.text import Tokenizer, encode_prompt
 from llmboost_worker.worker import WorkerProcess
 from tests.engines import ScriptedEngine, scripted_token
 from tests.integration.conftest import RETENTION_S
@@ -56,7 +56,7 @@ def vocabulary(tokenizer: Tokenizer) -> list[int]:
 
 
 def ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    return tokenizer.encode_prompt(Prompt(text=text, add_special_tokens=False))
+    return encode_prompt(tokenizer, Prompt(text=text, add_special_tokens=False))
 
 
 @pytest.fixture
@@ -72,8 +72,7 @@ async def start_worker(
             redis_url=redis_url, model=MODEL, lease=LEASE_S, grace=GRACE_S, retention=RETENTION_S
         )
         process = WorkerProcess(settings, load=lambda _: (engine, tokenizer))
-        process.arq._handle_signals = False
-        worker = RunningWorker(process, engine, asyncio.create_task(process.arq.main()))
+        worker = RunningWorker(process, engine, asyncio.create_task(process.arq.async_run()))
         workers.append(worker)
         await wait_until(lambda: process.cards)
         return worker
@@ -113,7 +112,7 @@ async def ended(streams: TokenStreams, job: GenerationJob) -> Terminal:
 
 def expected_ids(job: GenerationJob, worker: RunningWorker, tokenizer: Tokenizer, count: int) -> list[int]:
     """What an unbroken run of the first choice generates."""
-    request = SequenceRequest("", tokenizer.encode_prompt(job.prompt), job.sampling)
+    request = SequenceRequest("", encode_prompt(tokenizer, job.prompt), job.sampling)
     return [scripted_token(request, position, worker.engine.vocabulary) for position in range(count)]
 
 
@@ -151,7 +150,7 @@ async def test_a_job_becomes_a_sealed_stream(
     assert log.choices[0].token_ids == expected
     assert log.choices[0].finish_reason == "length"
     assert await text(streams, job) == tokenizer.decode(expected)
-    assert terminal.usage == Usage(len(tokenizer.encode_prompt(job.prompt)), 12)
+    assert terminal.usage == Usage(len(encode_prompt(tokenizer, job.prompt)), 12)
     assert terminal.error is None
 
 
@@ -280,7 +279,7 @@ async def test_a_prompt_over_the_context_is_refused_with_both_lengths(
     terminal = await ended(streams, job)
     assert terminal.error is not None
     assert (terminal.error.status, terminal.error.code) == (400, "context_length_exceeded")
-    tokens = len(byte_level().encode_prompt(job.prompt))
+    tokens = len(encode_prompt(byte_level(), job.prompt))
     assert "1000 tokens" in terminal.error.message
     assert f"{tokens} tokens" in terminal.error.message
 
