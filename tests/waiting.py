@@ -10,10 +10,10 @@ T = TypeVar("T")
 
 
 async def wait_until(
-    condition: Callable[[], T | Awaitable[T]], *, timeout: float = 10.0, every: float = 0.005
+    condition: Callable[[], T | Awaitable[T]], *, within: float = 10.0, every: float = 0.005
 ) -> T:
-    """Polls until `condition()` is true and returns its value; fails, naming it, after `timeout` seconds."""
-    deadline = time.monotonic() + timeout
+    """Polls until `condition()` is true and returns its value; fails, naming it, after `within` seconds."""
+    deadline = time.monotonic() + within
     while True:
         value = condition()
         if inspect.isawaitable(value):
@@ -21,5 +21,5 @@ async def wait_until(
         if value:
             return value
         if time.monotonic() > deadline:
-            raise AssertionError(f"not true within {timeout} s: {inspect.getsource(condition).strip()}")
+            raise AssertionError(f"not true within {within} s: {inspect.getsource(condition).strip()}")
         await asyncio.sleep(every)

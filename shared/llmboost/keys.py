@@ -32,7 +32,7 @@ def tailer_wake(tailer: str) -> str:
 
 
 def queue(model: str, job_class: JobClass) -> str:
-    """Sorted set: ids of waiting jobs, by enqueue time (ms); smaller is nearer the head."""
+    """Sorted set: ids of waiting jobs, by enqueue time (ms, with fractions); smaller is nearer the head."""
     return f"llmboost:queue:{model}:{job_class}"
 
 

@@ -71,12 +71,14 @@ if tonumber(max_queued) > 0 and redis.call('ZCARD', queue) >= tonumber(max_queue
 redis.call('XADD', stream, entry_id, 'e', entry)
 redis.call('PEXPIRE', stream, ttl)
 redis.call('SET', job, definition, 'PX', ttl)
-redis.call('HSET', claim, 'attempt', 0, 'owner', '', 'score', now,
+-- To the microsecond: jobs of one millisecond keep their order.
+local score = string.format('%d.%03d', now, time[2] % 1000)
+redis.call('HSET', claim, 'attempt', 0, 'owner', '', 'score', score,
            'queue', queue, 'leases', leases, 'wake', wake)
 redis.call('PEXPIRE', claim, ttl)
 redis.call('ZADD', open, deadline, id)
 if tonumber(grace) > 0 then redis.call('ZADD', audience, now + grace, id) end
-redis.call('ZADD', queue, now, id)
+redis.call('ZADD', queue, score, id)
 if redis.call('LLEN', wake) < tonumber(wake_tokens) then redis.call('LPUSH', wake, 1) end
 redis.call('PEXPIRE', wake, 3600000)
 return 1
@@ -94,7 +96,7 @@ local taken = {}
 for i = 3, #KEYS do
   if count <= 0 then break end
   local queue = KEYS[i]
-  local jobs = redis.call('ZRANGE', queue, '-inf', now, 'BYSCORE', 'LIMIT', 0, count, 'WITHSCORES')
+  local jobs = redis.call('ZRANGE', queue, '-inf', now + 1, 'BYSCORE', 'LIMIT', 0, count, 'WITHSCORES')
   for j = 1, #jobs, 2 do
     local id = jobs[j]
     redis.call('ZREM', queue, id)

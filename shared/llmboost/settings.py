@@ -5,8 +5,17 @@ A flag `--lease` is the environment variable `LLMBOOST_LEASE` is the field `leas
 
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+)
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -25,6 +34,17 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 """Several values, separated by commas."""
 
 
+def _redis_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("redis", "rediss", "unix"):
+        raise ValueError("must begin with redis://, rediss:// or unix://")
+    _ = parts.port  # raises ValueError, in words of its own
+    return value
+
+
+RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+
+
 class CommonSettings(BaseSettings):
     """Settings that every process takes, from `LLMBOOST_*` variables and flags; flags win.
 
@@ -32,9 +52,11 @@ class CommonSettings(BaseSettings):
         pydantic.ValidationError: a value can't be parsed or is out of range; names the field.
     """
 
-    model_config = SettingsConfigDict(env_prefix="LLMBOOST_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(
+        env_prefix="LLMBOOST_", extra="ignore", frozen=True, allow_inf_nan=False
+    )
 
-    redis_url: str | None = Field(
+    redis_url: RedisUrl | None = Field(
         None,
         description="Redis to use, as redis://[:password@]host:port/db. "
         "Without it `serve` starts an embedded server.",
@@ -133,3 +155,26 @@ class ServeSettings(ApiSettings, WorkerSettings):
         description="Folder in which the embedded Redis keeps its data across restarts; "
         "without it, nothing is kept.",
     )
+
+
+def to_environment(settings: CommonSettings, takes: type[CommonSettings]) -> dict[str, str]:
+    """The environment in which a process that takes `takes` finds the values of `settings`."""
+    environment = {}
+    for name in takes.model_fields:
+        value = getattr(settings, name)
+        if isinstance(value, tuple):
+            value = ",".join(value)
+        # An empty variable is a value too, and not one that a path or a number has: none is left out.
+        if value is not None:
+            environment[variable(name)] = str(value)
+    return environment
+
+
+def variable(field: str) -> str:
+    """The environment variable of a setting."""
+    return f"LLMBOOST_{field}".upper()
+
+
+def flag(field: str) -> str:
+    """The command line's flag of a setting."""
+    return "--" + field.replace("_", "-")

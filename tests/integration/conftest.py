@@ -36,8 +36,7 @@ async def redis(redis_url: str) -> AsyncIterator[ArqRedis]:
 
 
 async def keys_without_ttl(client: ArqRedis) -> list[str]:
-    """Keys that would stay for ever. The indexes of waiting, leased and open requests may: they empty themselves,
-    and this looks only at what is there once a test is over."""
+    """Keys that would stay for ever: none, once every request of a test has ended."""
     keys = [key async for key in client.scan_iter(count=1000)]
     return sorted([key.decode() for key in keys if await client.pttl(key) == -1])
 

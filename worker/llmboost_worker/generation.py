@@ -21,7 +21,7 @@ from llmboost_worker.engine.interface import (
     StepOutput,
 )
 from llmboost_worker.publisher import Outbox, Publisher
-from llmboost_worker.text import ChoiceText, PromptError, Tokenizer
+from llmboost_worker.text import ChoiceText, PromptError, Tokenizer, encode_prompt, render_prompt
 
 logger = logging.getLogger(__name__)
 
@@ -178,9 +178,9 @@ class Generator:
         try:
             if size > LONG_TEXT:
                 return await asyncio.to_thread(
-                    self._tokenizer.encode_prompt, prompt, self._info.vocab_size, job.created
+                    encode_prompt, self._tokenizer, prompt, self._info.vocab_size, job.created
                 )
-            return self._tokenizer.encode_prompt(prompt, self._info.vocab_size, job.created)
+            return encode_prompt(self._tokenizer, prompt, self._info.vocab_size, job.created)
         except PromptError as error:
             raise Refused(
                 StreamError(error.message, "invalid_request_error", error.code, error.param, status=400)
@@ -234,7 +234,9 @@ class Generator:
                 choice.position = len(output_ids)
                 choice.finish_reason = before.finish_reason
             elif job.echo:
-                opening.append(ChoiceDelta(index, 0, [], self._tokenizer.render(job.prompt, job.created)))
+                opening.append(
+                    ChoiceDelta(index, 0, [], render_prompt(self._tokenizer, job.prompt, job.created))
+                )
             if choice.finish_reason is None and max_tokens == 0:
                 choice.finish_reason = "length"
                 opening.append(ChoiceDelta(index, 0, [], "", "length"))

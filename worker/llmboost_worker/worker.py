@@ -38,12 +38,14 @@ EXIT_WITHIN_S = 10.0
 """After a signal: the process ends then even if Redis or the engine does not let it finish."""
 
 T = TypeVar("T")
+Load = Callable[[WorkerSettings], tuple[Engine, Tokenizer]]
 
 
 class WorkerProcess:
     """Everything that one worker is made of."""
 
-    def __init__(self, settings: WorkerSettings) -> None:
+    def __init__(self, settings: WorkerSettings, load: "Load | None" = None) -> None:
+        """`load` makes the engine, not yet started, and its tokenizer; tests give their own."""
         if settings.redis_url is None:
             raise ValueError("a worker needs --redis-url")
         self.settings = settings
@@ -54,10 +56,10 @@ class WorkerProcess:
         self.queue = JobQueue(self.redis, self.streams)
         self.registry = Registry(self.redis)
         self.publisher = Publisher(self.redis, self.streams)
+        self._load = load or load_model
         self.engine: Engine | None = None
         self.generator: Generator | None = None
         self.cards: list[ModelCard] = []
-        self.failure: BaseException | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.arq = LeasedWorker(
             self.queue,
@@ -81,9 +83,8 @@ class WorkerProcess:
             EngineError, TokenizerError: it can't be; says why.
         """
         loop = asyncio.get_running_loop()
-        model = locate(self.settings.model)
-        tokenizer = Tokenizer.load(model, self.settings.revision, self.settings.trust_remote_code)
-        self.engine = engine = create_engine(self.settings, model)
+        engine, tokenizer = await _in_thread(lambda: self._load(self.settings))
+        self.engine = engine
 
         def on_step(step: StepOutput) -> None:
             loop.call_soon_threadsafe(self._deliver, step)
@@ -183,11 +184,13 @@ class WorkerProcess:
         await self.registry.announce(card, self.cards, self.settings.lease)
 
 
-def create_engine(settings: WorkerSettings, model: str) -> Engine:
-    """The engine that the settings name, not yet started."""
+def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
+    """The engine that the settings name, not yet started, and the model's tokenizer."""
     from llmboost_worker.engine.transformers import TransformersEngine
 
-    return TransformersEngine.from_settings(settings, model)
+    model = locate(settings.model)
+    tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
+    return TransformersEngine(settings, model), tokenizer
 
 
 async def _in_thread(call: Callable[[], T]) -> T:

@@ -1,0 +1,10 @@
+"""An engine on torch and transformers: any causal language model that transformers has, on a CPU or a GPU.
+
+Follow a step: `engine` (the thread) -> `core` (schedule, run, postprocess) -> `scheduler` -> `runner` (one
+forward) -> `attention` over the slots of `cache` -> `sampler`.
+"""
+
+from llmboost_worker.engine.transformers.config import EngineConfig
+from llmboost_worker.engine.transformers.engine import TransformersEngine
+
+__all__ = ["EngineConfig", "TransformersEngine"]

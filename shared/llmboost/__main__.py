@@ -1,0 +1,5 @@
+"""`python -m llmboost`: the command line."""
+
+from llmboost.cli import main
+
+main()

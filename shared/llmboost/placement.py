@@ -1,0 +1,67 @@
+"""What part of this machine each worker of `serve` gets: CPU threads and GPUs."""
+
+import os
+import shutil
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+from llmboost.settings import ServeSettings
+
+
+class PlacementError(Exception):
+    """The workers don't fit this machine; `str()` says why."""
+
+
+def placements(settings: ServeSettings) -> list[dict[str, str]]:
+    """Environment variables for each of the `dp` workers.
+
+    On GPUs each gets `tp` of its own. With fewer GPUs than workers they share, unless `tp` is above 1.
+
+    Raises:
+        PlacementError: one model needs more GPUs than there are.
+    """
+    environments: list[dict[str, str]] = [{} for _ in range(settings.dp)]
+    if settings.dp > 1 and settings.threads == 0:
+        for environment in environments:
+            environment["LLMBOOST_THREADS"] = str(max(1, cores() // settings.dp))
+    available = gpus() if settings.device in ("auto", "cuda") else []
+    if available:
+        if settings.tp > 1 and settings.dp * settings.tp > len(available):
+            raise PlacementError(
+                f"--dp {settings.dp} times --tp {settings.tp} needs {settings.dp * settings.tp} GPUs, "
+                f"but there are {len(available)}"
+            )
+        for index, environment in enumerate(environments):
+            mine = (available[(index * settings.tp + k) % len(available)] for k in range(settings.tp))
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+    return environments
+
+
+def cores() -> int:
+    """CPU cores that this process may use: its affinity and its cgroup's quota."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        if quota != "max":
+            count = min(count, max(1, int(quota) // int(period)))
+    return count
+
+
+def gpus() -> list[str]:
+    """Names of the CUDA GPUs this process may use, as CUDA_VISIBLE_DEVICES takes them.
+
+    Found without torch, whose import takes seconds.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",")]
+        return [name for name in names if name and name != "-1"]
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    with suppress(OSError, subprocess.SubprocessError):
+        query = [tool, "--query-gpu=index", "--format=csv,noheader"]
+        listing = subprocess.run(query, capture_output=True, text=True, timeout=10, check=True).stdout
+        return [line.strip() for line in listing.splitlines() if line.strip().isdigit()]
+    return []

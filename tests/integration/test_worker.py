@@ -1,0 +1,405 @@
+"""A worker, whole but for its model: claims, generates, publishes, hands over, seals."""
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+
+import pytest
+from arq.connections import ArqRedis
+
+from llmboost import keys
+from llmboost.connection import serialize
+from llmboost.entries import ChoiceDelta, Delta, Started, StreamError, Terminal, Usage
+from llmboost.jobs import GenerationJob, Prompt
+from llmboost.queue import JobQueue
+from llmboost.registry import Registry
+from llmboost.settings import WorkerSettings
+from llmboost.streams import TokenStreams, Transcript, Writer
+from llmboost_worker.engine.interface import SequenceRequest
+from llmboost_worker.text import Tokenizer, encode_prompt
+from llmboost_worker.worker import WorkerProcess
+from tests.engines import ScriptedEngine, scripted_token
+from tests.integration.conftest import RETENTION_S
+from tests.jobs import MODEL, make_job
+from tests.unit.text_tokenizers import byte_level
+from tests.waiting import wait_until
+
+LEASE_S = 0.5
+GRACE_S = 0.5
+
+
+@dataclass
+class RunningWorker:
+    process: WorkerProcess
+    engine: ScriptedEngine
+    task: "asyncio.Task[None]"
+
+    async def terminate(self) -> None:
+        """SIGTERM, as arq handles it."""
+        self.process.arq.handle_sig(15)
+        await asyncio.gather(self.task, return_exceptions=True)
+        await self.process.arq.close()
+
+
+StartWorker = Callable[[], Awaitable[RunningWorker]]
+
+
+@pytest.fixture
+def tokenizer() -> Tokenizer:
+    return byte_level()
+
+
+@pytest.fixture
+def vocabulary(tokenizer: Tokenizer) -> list[int]:
+    """Tokens of whole, plain characters."""
+    return sorted({i for word in ("alpha", " beta", "gamma", " x", "y") for i in ids(tokenizer, word)})
+
+
+def ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    return encode_prompt(tokenizer, Prompt(text=text, add_special_tokens=False))
+
+
+@pytest.fixture
+async def start_worker(
+    redis: ArqRedis, redis_url: str, tokenizer: Tokenizer, vocabulary: list[int]
+) -> AsyncIterator[StartWorker]:
+    """Starts workers on one queue; each has its own engine, which steps when told to."""
+    workers: list[RunningWorker] = []
+
+    async def start() -> RunningWorker:
+        engine = ScriptedEngine(vocabulary, eos=ids(tokenizer, "!")[0])
+        settings = WorkerSettings(
+            redis_url=redis_url, model=MODEL, lease=LEASE_S, grace=GRACE_S, retention=RETENTION_S
+        )
+        process = WorkerProcess(settings, load=lambda _: (engine, tokenizer))
+        process.arq._handle_signals = False
+        worker = RunningWorker(process, engine, asyncio.create_task(process.arq.main()))
+        workers.append(worker)
+        await wait_until(lambda: process.cards)
+        return worker
+
+    yield start
+    for worker in workers:
+        if not worker.engine.closed:
+            await worker.terminate()
+    streams = TokenStreams(redis, RETENTION_S)
+    for job_id in await redis.zrange(keys.OPEN, 0, -1):
+        await JobQueue(redis, streams).cancel(job_id.decode(), Terminal("test"))
+
+
+async def transcript(streams: TokenStreams, job: GenerationJob) -> Transcript:
+    result = Transcript()
+    for entry_id, entry in await streams.read(job.id):
+        result.apply(entry_id, entry)
+    return result
+
+
+async def text(streams: TokenStreams, job: GenerationJob, index: int = 0) -> str:
+    deltas = [entry for _, entry in await streams.read(job.id) if isinstance(entry, Delta)]
+    return "".join(choice.text for delta in deltas for choice in delta.choices if choice.index == index)
+
+
+async def ended(streams: TokenStreams, job: GenerationJob) -> Terminal:
+    result: list[Transcript] = []
+
+    async def sealed() -> bool:
+        result[:] = [await transcript(streams, job)]
+        return result[0].terminal is not None
+
+    await wait_until(sealed)
+    assert result[0].terminal is not None
+    return result[0].terminal
+
+
+def expected_ids(job: GenerationJob, worker: RunningWorker, tokenizer: Tokenizer, count: int) -> list[int]:
+    """What an unbroken run of the first choice generates."""
+    request = SequenceRequest("", encode_prompt(tokenizer, job.prompt), job.sampling)
+    return [scripted_token(request, position, worker.engine.vocabulary) for position in range(count)]
+
+
+async def step_until(worker: RunningWorker, condition: Callable[[], Awaitable[bool] | bool]) -> None:
+    """Steps the engine until the condition holds."""
+
+    async def stepped() -> bool:
+        worker.engine.step()
+        value = condition()
+        return await value if asyncio.iscoroutine(value) else bool(value)
+
+    await wait_until(stepped)
+
+
+async def submit(queue: JobQueue, **fields: object) -> GenerationJob:
+    job = make_job(**{"needs_audience": False, "max_tokens": 12, **fields})
+    await queue.submit(job)
+    return job
+
+
+async def running(worker: RunningWorker, count: int = 1) -> None:
+    await wait_until(lambda: len(worker.engine.sequences) == count)
+
+
+async def test_a_job_becomes_a_sealed_stream(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, tokenizer: Tokenizer
+) -> None:
+    worker = await start_worker()
+    job = await submit(queue)
+    await running(worker)
+    await step_until(worker, lambda: not worker.engine.sequences)
+    terminal = await ended(streams, job)
+    expected = expected_ids(job, worker, tokenizer, 12)
+    log = await transcript(streams, job)
+    assert log.choices[0].token_ids == expected
+    assert log.choices[0].finish_reason == "length"
+    assert await text(streams, job) == tokenizer.decode(expected)
+    assert terminal.usage == Usage(len(encode_prompt(tokenizer, job.prompt)), 12)
+    assert terminal.error is None
+
+
+async def test_nothing_of_a_finished_job_stays_but_its_stream(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis
+) -> None:
+    worker = await start_worker()
+    job = await submit(queue, max_tokens=1)
+    await running(worker)
+    worker.engine.step()
+    await ended(streams, job)
+    await wait_until(lambda: not worker.process.arq.claims and not worker.process.arq.tasks)
+    left = {key.decode() async for key in redis.scan_iter("*") if job.id.encode() in key}
+    assert left == {keys.stream(job.id)}
+    assert worker.process._generator.running == {}
+
+
+async def test_choices_are_independent_and_carry_their_own_finish(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, tokenizer: Tokenizer
+) -> None:
+    worker = await start_worker()
+    eos = worker.engine.info.eos_token_ids[0]
+    draw = worker.engine.script
+    worker.engine.script = lambda request, position: (
+        eos if request.choice == 1 and position == 3 else draw(request, position)
+    )
+    job = await submit(queue, n=3, max_tokens=6)
+    await running(worker, 3)
+    await step_until(worker, lambda: not worker.engine.sequences)
+    terminal = await ended(streams, job)
+    choices = (await transcript(streams, job)).choices
+    assert [choices[i].finish_reason for i in range(3)] == ["length", "stop", "length"]
+    assert len({tuple(choice.token_ids) for choice in choices.values()}) == 3
+    assert terminal.usage is not None
+    assert terminal.usage.completion_tokens == 6 + 4 + 6
+
+
+async def test_a_stop_string_ends_the_choice_and_frees_its_slot(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, tokenizer: Tokenizer
+) -> None:
+    worker = await start_worker()
+    sentence = ids(tokenizer, "one two STOP three four")
+    worker.engine.script = lambda request, position: sentence[position]
+    job = await submit(queue, stop=("STOP",), max_tokens=100)
+    await running(worker)
+    await step_until(worker, lambda: not worker.engine.sequences)
+    await ended(streams, job)
+    assert await text(streams, job) == "one two "
+    assert (await transcript(streams, job)).choices[0].finish_reason == "stop"
+
+
+async def test_another_worker_continues_where_the_first_was_told_to_go(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis, tokenizer: Tokenizer
+) -> None:
+    """The stream holds the tokens of an unbroken run, and the hand-over costs no try."""
+    first = await start_worker()
+    job = await submit(queue)
+    await running(first)
+    await step_until(first, lambda: _emitted(streams, job, 5))
+    second = await start_worker()
+    await first.terminate()
+    await running(second)
+    assert int(await redis.get(keys.arq_retry(job.id))) == 1
+    await step_until(second, lambda: not second.engine.sequences)
+    await ended(streams, job)
+    log = await transcript(streams, job)
+    assert log.choices[0].token_ids == expected_ids(job, first, tokenizer, 12)
+    assert await text(streams, job) == tokenizer.decode(log.choices[0].token_ids)
+    assert sum(isinstance(entry, Started) for _, entry in await streams.read(job.id)) == 2
+
+
+async def _emitted(streams: TokenStreams, job: GenerationJob, count: int) -> bool:
+    choices = (await transcript(streams, job)).choices
+    return 0 in choices and len(choices[0].token_ids) >= count
+
+
+async def test_a_worker_that_was_taken_over_writes_nothing_more(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, tokenizer: Tokenizer
+) -> None:
+    """The zombie's lease lapsed while it was frozen; thawed, it drops the sequence at its next append."""
+    zombie = await start_worker()
+    job = await submit(queue)
+    await running(zombie)
+    await step_until(zombie, lambda: _emitted(streams, job, 3))
+    other = Writer(job.id, 7)
+    log = await streams.begin(other, "other")
+    before = len(await streams.read(job.id))
+    await step_until(zombie, lambda: not zombie.engine.sequences)
+    await wait_until(lambda: not zombie.process._generator.running)
+    assert len(await streams.read(job.id)) == before
+    assert (await transcript(streams, job)).choices[0].token_ids == log.choices[0].token_ids
+
+
+async def test_a_cancelled_request_frees_its_slot_at_the_next_append(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams
+) -> None:
+    worker = await start_worker()
+    job = await submit(queue, max_tokens=900)
+    await running(worker)
+    await queue.cancel(job.id, Terminal("client", error=StreamError("cancelled")))
+    await step_until(worker, lambda: not worker.engine.sequences)
+    assert (await ended(streams, job)).by == "client"
+
+
+async def test_a_stream_that_nobody_reads_is_sealed_within_the_grace(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams
+) -> None:
+    worker = await start_worker()
+    job = make_job(max_tokens=900)
+    await queue.submit(job, audience=GRACE_S)
+    read = make_job(max_tokens=900)
+    await queue.submit(read, audience=60)
+    await running(worker, 2)
+    await wait_until(lambda: len(worker.engine.sequences) == 1)
+    terminal = await ended(streams, job)
+    assert terminal.error is not None
+    assert terminal.error.code == "client_gone"
+    assert (await transcript(streams, read)).terminal is None
+
+
+async def test_a_prompt_over_the_context_is_refused_with_both_lengths(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams
+) -> None:
+    await start_worker()
+    job = await submit(queue, text="x y " * 1200)
+    terminal = await ended(streams, job)
+    assert terminal.error is not None
+    assert (terminal.error.status, terminal.error.code) == (400, "context_length_exceeded")
+    tokens = len(encode_prompt(byte_level(), job.prompt))
+    assert "1000 tokens" in terminal.error.message
+    assert f"{tokens} tokens" in terminal.error.message
+
+
+async def test_a_prompt_that_cannot_be_encoded_fails_alone(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams
+) -> None:
+    worker = await start_worker()
+    good = await submit(queue)
+    bad = await submit(queue, prompt=Prompt(token_ids=[10**6]))
+    terminal = await ended(streams, bad)
+    assert terminal.error is not None
+    assert terminal.error.status == 400
+    await running(worker)
+    await step_until(worker, lambda: not worker.engine.sequences)
+    assert (await ended(streams, good)).error is None
+
+
+async def test_a_sequence_that_fails_in_the_engine_ends_its_request_alone(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams
+) -> None:
+    worker = await start_worker()
+    bad, good = await submit(queue, n=2), await submit(queue)
+    await running(worker, 3)
+    worker.engine.failing = {next(s for s in worker.engine.sequences if s.startswith(bad.id))}
+    await step_until(worker, lambda: not worker.engine.sequences)
+    error = (await ended(streams, bad)).error
+    assert error is not None
+    assert error.message == "scripted failure"
+    assert (await ended(streams, good)).error is None
+
+
+async def test_an_echo_of_no_tokens_is_the_rendered_prompt(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams
+) -> None:
+    await start_worker()
+    messages = [{"role": "user", "content": "hi"}]
+    job = await submit(queue, prompt=Prompt(messages=messages), echo=True, max_tokens=0)
+    await ended(streams, job)
+    assert await text(streams, job) == "<|user|>hi<|end|><|assistant|>"
+
+
+async def test_an_unreadable_job_and_an_unknown_function_end_visibly(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis
+) -> None:
+    jobs = [make_job(needs_audience=False) for _ in range(3)]
+    for job in jobs:
+        await queue.submit(job)
+    unreadable, unknown, expired = jobs
+    await redis.set(keys.arq_job(unreadable.id), b"\xc1", ex=60)
+    strange = {"t": None, "f": "no such function", "a": (), "k": {}, "et": 0}
+    await redis.set(keys.arq_job(unknown.id), serialize(strange), ex=60)
+    await redis.delete(keys.arq_job(expired.id))
+    await start_worker()
+    for job in jobs:
+        terminal = await ended(streams, job)
+        assert terminal.error is not None
+        assert terminal.error.code == "job_failed"
+
+
+async def test_a_request_that_used_up_its_tries_ends_visibly(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis
+) -> None:
+    job = make_job(needs_audience=False)
+    await queue.submit(job)
+    await redis.set(keys.arq_retry(job.id), 3, ex=60)
+    await start_worker()
+    terminal = await ended(streams, job)
+    assert terminal.error is not None
+    assert terminal.error.code == "tries_used_up"
+
+
+async def test_a_job_of_a_dead_worker_is_taken_over(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, tokenizer: Tokenizer
+) -> None:
+    job = await submit(queue)
+    [claim] = await queue.claim(MODEL, 1, "dead", 0.05)
+    dead = Writer(job.id, claim.attempt)
+    await streams.begin(dead, "dead")
+    worker = await start_worker()
+    await running(worker)
+    await step_until(worker, lambda: not worker.engine.sequences)
+    await ended(streams, job)
+    log = await transcript(streams, job)
+    assert log.choices[0].token_ids == expected_ids(job, worker, tokenizer, 12)
+
+
+async def test_a_worker_says_what_it_serves_until_it_goes(start_worker: StartWorker, redis: ArqRedis) -> None:
+    registry = Registry(redis)
+    worker = await start_worker()
+    assert [card.name for card in await registry.models()] == [MODEL]
+    [card] = await registry.workers()
+    assert (card.model, card.max_num_seqs) == (MODEL, 8)
+    await worker.terminate()
+    assert await registry.workers() == []
+    assert await registry.model(MODEL) is not None, "its name is accepted while it may come back"
+
+
+async def test_many_jobs_share_the_worker_and_none_is_lost(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, tokenizer: Tokenizer
+) -> None:
+    """More jobs than slots, on two workers that step by themselves."""
+    workers = [await start_worker(), await start_worker()]
+    jobs = [await submit(queue, text=f"prompt {i}") for i in range(60)]
+    for worker in workers:
+        worker.engine.run(interval=0.001)
+    for job in jobs:
+        assert (await ended(streams, job)).error is None
+        log = await transcript(streams, job)
+        assert log.choices[0].token_ids == expected_ids(job, workers[0], tokenizer, 12)
+
+
+def test_deltas_of_several_steps_share_an_entry_in_order() -> None:
+    from llmboost_worker.publisher import Outbox
+
+    outbox = Outbox(Writer("job", 1), on_end=lambda ended: None)
+    first, second = ChoiceDelta(0, 0, [1], "a"), ChoiceDelta(0, 1, [2], "b")
+    outbox.pending.extend([Delta([first], 5), Delta([second])])
+    entry_id, delta = outbox.take()
+    assert delta == Delta([first, second], 5)
+    outbox.pending.append(Delta([ChoiceDelta(0, 2, [3], "c")]))
+    assert outbox.take() == (entry_id, delta), "an entry whose outcome is unknown is sent again unchanged"

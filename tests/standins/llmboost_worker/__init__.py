@@ -1,0 +1,1 @@
+"""A stand-in for the real package; see its one module."""

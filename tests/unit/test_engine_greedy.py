@@ -1,0 +1,68 @@
+"""The engine's greedy output against transformers' own `generate`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_models import CONFIGS, EOS, PAD, driving, prompt, request, save_model
+from transformers import AutoModelForCausalLM
+
+LENGTHS = [
+    1,
+    2,
+    3,
+    5,
+    7,
+    8,
+    9,
+    12,
+    15,
+    16,
+    17,
+    20,
+    23,
+    29,
+    31,
+    33,
+    40,
+    47,
+    50,
+    55,
+    60,
+    64,
+    65,
+    70,
+    77,
+    90,
+    100,
+]
+PROMPTS = [prompt(length) for length in [*LENGTHS, 120, 127, 130, 150, 200]]
+
+
+def generate(folder: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
+    """By transformers, as one left-padded batch."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    width = max(len(ids) for ids in prompts)
+    with torch.inference_mode():
+        out = model.generate(
+            torch.tensor([[PAD] * (width - len(ids)) + ids for ids in prompts]),
+            attention_mask=torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts]),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            pad_token_id=PAD,
+            eos_token_id=EOS,
+        )
+    rows = out[:, width:].tolist()
+    return [row[: row.index(EOS) + 1] if EOS in row else row for row in rows]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_mixed_batch_gets_token_for_token_what_generate_gives(name: str, tmp_path: Path) -> None:
+    """32 prompts at once, some longer than a step's tokens, some outgrowing their slots."""
+    folder = save_model(CONFIGS[name], tmp_path)
+    with driving(folder, max_num_batched_tokens=48, max_num_seqs=20) as driver:
+        results = driver.run(*(request(str(i), ids, max_tokens=12) for i, ids in enumerate(PROMPTS)))
+    assert [result.token_ids for result in results] == generate(folder, PROMPTS, 12)
+    assert all(result.finish_reason in ("length", "stop") for result in results)

@@ -1,0 +1,52 @@
+"""What the transformers engine is told."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Raises `ValueError` with the field's name for a value that can't work."""
+
+    model: str
+    """A folder in Hugging Face's layout, or a name on the hub."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    """Run Python code that comes with the checkpoint."""
+    dtype: DType = "auto"
+    """auto: float32 on a CPU (half precision gains nothing there without AMX), the checkpoint's own on
+    CUDA."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<n>. auto: CUDA if there is one."""
+    max_model_len: int | None = None
+    """Prompt and output together, in tokens. None: as many positions as the model was made for."""
+    max_num_seqs: int = 32
+    """Sequences in one step."""
+    max_num_batched_tokens: int = 2048
+    """Tokens in one step. Bounds how long a long prompt can hold up everyone's next token."""
+    enable_chunked_prefill: bool = True
+    """False: a prompt is computed in one step, even one above `max_num_batched_tokens`."""
+    threads: int | None = None
+    """Of torch on a CPU. None: the physical cores that this process may use."""
+    kv_cache_gib: float | None = None
+    """Memory for keys and values. None: half of what is available once a CPU's weights are loaded, 0.9 on
+    CUDA."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ValueError("model is empty: give a folder or a name on the hub")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {self.dtype!r}, but must be auto, float32, bfloat16 or float16")
+        if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
+            raise ValueError(f"device is {self.device!r}, but must be auto, cpu, cuda or cuda:<n>")
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "threads", "kv_cache_gib"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}, but must be above 0")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs "
+                f"({self.max_num_seqs}): every sequence needs room for one token a step"
+            )

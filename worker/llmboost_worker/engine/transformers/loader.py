@@ -1,0 +1,184 @@
+"""From a name to a model in memory, or to an error that says what to do."""
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmboost_worker.engine.interface import EngineError
+from llmboost_worker.engine.transformers import architecture, machine
+from llmboost_worker.engine.transformers.attention import NAME
+from llmboost_worker.engine.transformers.cache import LayerShape, bytes_per_token
+from llmboost_worker.engine.transformers.config import EngineConfig
+
+logger = logging.getLogger(__name__)
+
+GIB = 1 << 30
+WEIGHTS = ("*.safetensors", "*.bin")
+REFERENCE = "eager"
+"""transformers' plainest attention: supports everything, and is what the self-test compares with."""
+
+
+@dataclass(slots=True)
+class LoadedModel:
+    """A model and what has been found out about it."""
+
+    model: Any
+    config: Any
+    """Its text configuration."""
+    device: torch.device
+    dtype: torch.dtype
+    layers: list[LayerShape]
+    """What each layer stores per token."""
+    max_model_len: int
+    vocab_size: int
+    eos_token_ids: tuple[int, ...]
+
+
+def load(config: EngineConfig) -> LoadedModel:
+    """Reads configuration and weights, and puts the engine's attention into the model.
+
+    Raises:
+        EngineError
+    """
+    device = _device(config.device)
+    if device.type == "cpu":
+        torch.set_num_threads(config.threads or machine.available_cores())
+    _check_folder(config.model)
+    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    try:
+        model_config = AutoConfig.from_pretrained(config.model, **options)
+    except Exception as error:
+        raise _not_found(config, error) from error
+    text_config = model_config.get_text_config()
+    architecture.check_config(text_config)
+    max_model_len = _max_model_len(config, text_config)
+    dtype = _dtype(config.dtype, device)
+    model: Any
+    report: dict[str, Any]
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # by output_loading_info
+            config.model,
+            config=model_config,
+            dtype=dtype,
+            attn_implementation=REFERENCE,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        raise EngineError(f"can't load the weights of {config.model!r}: {error}") from error
+    if missing := sorted(report["missing_keys"]):
+        # transformers would serve random numbers in their place.
+        raise EngineError(
+            f"the checkpoint {config.model!r} lacks {len(missing)} of the model's weights, {missing[0]!r} for one:"
+            " is it complete, and of a causal language model?"
+        )
+    architecture.check_class(model, text_config)
+    model = model.eval().requires_grad_(False).to(device)
+    model.set_attn_implementation(NAME)
+    vocab_size = min(text_config.vocab_size, model.get_input_embeddings().weight.shape[0])
+    return LoadedModel(
+        model=model,
+        config=text_config,
+        device=device,
+        dtype=model.dtype,
+        layers=architecture.probe(model, text_config),
+        max_model_len=max_model_len,
+        vocab_size=vocab_size,
+        eos_token_ids=_eos_token_ids(model, text_config, vocab_size),
+    )
+
+
+def cache_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
+    """Memory for keys and values, now that the weights are in theirs.
+
+    Raises:
+        EngineError: not even one sequence of full length fits.
+    """
+    available = machine.available_memory(loaded.device)
+    if config.kv_cache_gib is not None:
+        given, origin = int(config.kv_cache_gib * GIB), "kv_cache_gib gives"
+    else:
+        share = 0.9 if loaded.device.type == "cuda" else 0.5
+        given, origin = int(available * share), f"{share:.0%} of what is available are"
+    per_token = bytes_per_token(loaded.layers, loaded.dtype)
+    if given > available:
+        raise EngineError(
+            f"kv_cache_gib is {config.kv_cache_gib}, but {available / GIB:.2f} GiB are available on "
+            f"{loaded.device}: lower kv_cache_gib"
+        )
+    if loaded.max_model_len * per_token > given:
+        raise EngineError(
+            f"one sequence of max_model_len={loaded.max_model_len} tokens needs "
+            f"{loaded.max_model_len * per_token / GIB:.2f} GiB of keys and values, and {origin} "
+            f"{given / GIB:.2f} GiB: lower max_model_len (to {given // per_token} at most) or raise kv_cache_gib"
+        )
+    return given
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise EngineError(
+            f"device is {name!r}, but torch sees no CUDA device here: set device to cpu or auto"
+        )
+    return torch.device(name)
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _check_folder(model: str) -> None:
+    """Says what is wrong with a folder before transformers takes its path for a name on the hub."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+            raise EngineError(f"there is no model folder {model!r} (looked for {folder.absolute()})")
+        return
+    if not (folder / "config.json").is_file():
+        raise EngineError(
+            f"the folder {model!r} has no config.json: a model in Hugging Face's layout needs config.json, "
+            "tokenizer files and *.safetensors"
+        )
+    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
+        raise EngineError(f"the folder {model!r} has no weights (looked for {', '.join(WEIGHTS)})")
+
+
+def _not_found(config: EngineConfig, error: Exception) -> EngineError:
+    if os.path.isdir(config.model):
+        return EngineError(f"can't use config.json of {config.model!r}: {error}")
+    revision = f" at revision {config.revision!r}" if config.revision else ""
+    return EngineError(
+        f"found no model {config.model!r}{revision}: there is no folder of that name here, and the Hugging "
+        f"Face hub didn't give it. Check the name, the network, and HF_TOKEN if the model is gated. ({error})"
+    )
+
+
+def _max_model_len(config: EngineConfig, text_config: Any) -> int:
+    limit = architecture.position_limit(text_config)
+    if limit is None and config.max_model_len is None:
+        raise EngineError(f"{config.model!r} doesn't say how many positions it has: set max_model_len")
+    if limit is not None and config.max_model_len is not None and config.max_model_len > limit:
+        raise EngineError(
+            f"max_model_len is {config.max_model_len}, but {config.model!r} has {limit} positions: "
+            "lower max_model_len or leave it out"
+        )
+    return config.max_model_len or limit or 0
+
+
+def _eos_token_ids(model: Any, text_config: Any, vocab_size: int) -> tuple[int, ...]:
+    """Those of the generation config, which chat checkpoints keep more complete, else of the model's."""
+    ids = getattr(model.generation_config, "eos_token_id", None)
+    if ids is None:
+        ids = text_config.eos_token_id
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return tuple(id for id in ids if 0 <= id < vocab_size)

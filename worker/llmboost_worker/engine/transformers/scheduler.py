@@ -1,0 +1,122 @@
+"""Which sequences take part in a step, and with how many tokens."""
+
+import heapq
+import logging
+
+from llmboost_worker.engine.transformers.cache import CacheFull, SlotCache
+from llmboost_worker.engine.transformers.sequence import Sequence
+
+logger = logging.getLogger(__name__)
+
+
+class Scheduler:
+    """Every sequence that decodes gets its token each step; what is left of the step's tokens goes to
+    prompts, those already begun first. When the cache is full the newest sequence of the lowest class gives
+    up its slot and is computed again later: since random numbers are keyed by position, nobody sees a
+    difference but in time.
+    """
+
+    def __init__(
+        self, cache: SlotCache, max_num_seqs: int, max_num_batched_tokens: int, enable_chunked_prefill: bool
+    ) -> None:
+        self._cache = cache
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._enable_chunked_prefill = enable_chunked_prefill
+        self.running: dict[str, Sequence] = {}
+        """Those that hold a slot."""
+        self._waiting: list[tuple[tuple[int, int], Sequence]] = []
+        """A heap by rank."""
+        self._refused: list[Sequence] = []
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        heapq.heappush(self._waiting, (sequence.rank, sequence))
+
+    def schedule(self) -> list[Sequence]:
+        """The sequences of the next step, each with its `num_scheduled` and room in its slot for them."""
+        batch: dict[str, Sequence] = {}
+        ranked = sorted(self.running.values(), key=lambda sequence: (not sequence.is_decoding, sequence.rank))
+        for sequence in ranked:
+            self._continue(sequence, batch)
+        while self._waiting and len(self.running) < self._max_num_seqs:
+            if not self._admit(self._waiting[0][1], batch):
+                break
+        return list(batch.values())
+
+    def take_refused(self) -> list[Sequence]:
+        """Sequences that the cache couldn't hold even alone; they are no longer here."""
+        refused, self._refused = self._refused, []
+        return refused
+
+    def remove(self, id: str) -> None:
+        """Frees the sequence's slot, or its place in the line. Unknown ids are ignored."""
+        sequence = self.running.pop(id, None)
+        if sequence is not None:
+            self._free(sequence)
+            return
+        kept = [entry for entry in self._waiting if entry[1].id != id]
+        if len(kept) < len(self._waiting):
+            heapq.heapify(kept)
+            self._waiting = kept
+
+    def _continue(self, sequence: Sequence, batch: dict[str, Sequence]) -> None:
+        """Schedules a running sequence's next token or chunk, unless it gave way in this step."""
+        while sequence.id in self.running and sequence.slot is not None:
+            tokens = self._chunk(sequence, batch)
+            if not tokens:
+                return
+            try:
+                self._cache.extend(sequence.slot, max(sequence.num_cached + tokens, sequence.slot.length))
+                sequence.num_scheduled = tokens
+                batch[sequence.id] = sequence
+                return
+            except CacheFull:
+                victim = max(self.running.values(), key=lambda other: other.rank)
+                batch.pop(victim.id, None)
+                self._preempt(victim)
+
+    def _admit(self, sequence: Sequence, batch: dict[str, Sequence]) -> bool:
+        """Gives the first in line a slot for all of its tokens."""
+        tokens = self._chunk(sequence, batch)
+        if not tokens:
+            return False
+        try:
+            sequence.slot = self._cache.allocate(len(sequence))
+        except CacheFull as error:
+            if self.running:
+                return False
+            heapq.heappop(self._waiting)
+            logger.error(
+                "sequence %s of %d tokens has no room in the cache: %s", sequence.id, len(sequence), error
+            )
+            self._refused.append(sequence)
+            return True
+        heapq.heappop(self._waiting)
+        self.running[sequence.id] = sequence
+        sequence.num_scheduled = tokens
+        batch[sequence.id] = sequence
+        return True
+
+    def _chunk(self, sequence: Sequence, batch: dict[str, Sequence]) -> int:
+        """Tokens that the sequence can have in this step."""
+        left = self._max_num_batched_tokens - sum(other.num_scheduled for other in batch.values())
+        if self._enable_chunked_prefill or sequence.num_uncached <= left:
+            return max(0, min(sequence.num_uncached, left))
+        alone = all(other.is_decoding for other in batch.values())
+        return sequence.num_uncached if alone else 0
+
+    def _preempt(self, sequence: Sequence) -> None:
+        logger.info("sequence %s gives up its slot of %d tokens", sequence.id, sequence.num_cached)
+        del self.running[sequence.id]
+        self._free(sequence)
+        self.add(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        if sequence.slot is not None:
+            self._cache.free(sequence.slot)
+        sequence.slot = None
+        sequence.num_cached = sequence.num_scheduled = 0

@@ -1,0 +1,79 @@
+"""Before a model is served: the same tokens through transformers' own forward and through the engine's."""
+
+import torch
+from torch import Tensor
+
+from llmboost.jobs import SamplingParams
+from llmboost_worker.engine.interface import EngineError, EngineInfo, SequenceRequest
+from llmboost_worker.engine.transformers.architecture import refusal
+from llmboost_worker.engine.transformers.attention import NAME
+from llmboost_worker.engine.transformers.cache import SlotCache
+from llmboost_worker.engine.transformers.loader import REFERENCE, LoadedModel
+from llmboost_worker.engine.transformers.runner import ModelRunner
+from llmboost_worker.engine.transformers.sequence import Sequence
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+"""Of the distance between the logits, relative to their norm. Rounding makes 1e-6, 1e-3 and 1e-2; positions
+or masks gone wrong make 0.3 and more."""
+
+
+def run(loaded: LoadedModel, runner: ModelRunner, cache: SlotCache, info: EngineInfo) -> None:
+    """Two sequences in three steps: a chunk from empty, a chunk that continues it beside the other's decode,
+    and both decoding.
+
+    Raises:
+        EngineError: the logits differ, or aren't finite.
+    """
+    length = min(11, loaded.max_model_len)
+    long, short = (_sequence(name, n, info) for name, n in (("long", length), ("short", max(2, length // 2))))
+    expected = {sequence.id: _reference(loaded, sequence) for sequence in (long, short)}
+    long.slot, short.slot = (cache.allocate(len(sequence)) for sequence in (long, short))
+    for sizes in _steps(len(long), len(short)):
+        for sequence, size in zip((long, short), sizes, strict=True):
+            sequence.num_scheduled = size
+        batch = [sequence for sequence in (long, short) if sequence.num_scheduled]
+        logits, sampled = runner.forward(batch)
+        for row, sequence in zip(logits, sampled, strict=True):
+            _compare(loaded, row, expected[sequence.id])
+        for sequence in batch:
+            sequence.num_cached += sequence.num_scheduled
+    for sequence in (long, short):
+        if sequence.slot is not None:
+            cache.free(sequence.slot)
+    cache.trim()
+
+
+def _steps(long: int, short: int) -> list[tuple[int, int]]:
+    """Tokens of each sequence per step. The last one of both comes alone, as in decoding."""
+    first = max(1, (long - 1) // 2)
+    return [(first, short - 1), (long - 1 - first, 0), (1, 1)]
+
+
+def _sequence(name: str, length: int, info: EngineInfo) -> Sequence:
+    # Tokens spread over the vocabulary: a fixed multiplicative walk, so that the test is the same each time.
+    ids = [(length * 2654435761 + i * 40503) % info.vocab_size for i in range(length)]
+    return Sequence(SequenceRequest(name, ids, SamplingParams(), max_tokens=0), info, arrival=0)
+
+
+def _reference(loaded: LoadedModel, sequence: Sequence) -> Tensor:
+    """[vocabulary], after the last token"""
+    loaded.model.set_attn_implementation(REFERENCE)
+    try:
+        ids = torch.tensor([sequence.tokens], device=loaded.device)
+        logits: Tensor = loaded.model(input_ids=ids, use_cache=False).logits[0, -1]
+    finally:
+        loaded.model.set_attn_implementation(NAME)
+    return logits
+
+
+def _compare(loaded: LoadedModel, logits: Tensor, expected: Tensor) -> None:
+    if not expected.isfinite().all():
+        raise EngineError(f"the model's logits are not finite in {loaded.dtype}: choose another dtype")
+    logits, expected = logits.double(), expected.double()
+    distance = float((logits - expected).norm() / expected.norm().clamp_min(1e-9))
+    if not distance <= TOLERANCE.get(loaded.dtype, 1e-1):
+        raise refusal(
+            loaded.config.model_type,
+            f"{type(loaded.model).__name__} gives other logits here than in transformers "
+            f"(relative distance {distance:.2g})",
+        )
