@@ -34,7 +34,7 @@ class ScriptedEngine(Engine):
         """Ids of sequences whose next step fails."""
         self.sequences: dict[str, tuple[SequenceRequest, list[int]]] = {}
         self.info = EngineInfo(
-            max_model_len, max(vocabulary) + 1, 8, () if eos is None else (eos,), "scripted", "none", "none"
+            max_model_len, 1000, 8, () if eos is None else (eos,), "scripted", "none", "none"
         )
         self.closed = False
         self._steps = 0

@@ -153,7 +153,7 @@ if not top then
   outcome = 'gone'
 elseif top[1] == seal_id then
   outcome = top[2][2] == payload and 'written' or 'sealed'
-elseif attempt ~= '' and string.match(top[1], '^%d+') ~= attempt then
+elseif attempt ~= '' and tonumber(string.match(top[1], '^%d+')) > tonumber(attempt) then
   return 'fenced'
 else
   redis.call('XADD', KEYS[1], seal_id, 'e', payload)

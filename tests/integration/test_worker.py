@@ -72,8 +72,7 @@ async def start_worker(
             redis_url=redis_url, model=MODEL, lease=LEASE_S, grace=GRACE_S, retention=RETENTION_S
         )
         process = WorkerProcess(settings, load=lambda _: (engine, tokenizer))
-        process.arq._handle_signals = False
-        worker = RunningWorker(process, engine, asyncio.create_task(process.arq.main()))
+        worker = RunningWorker(process, engine, asyncio.create_task(process.arq.async_run()))
         workers.append(worker)
         await wait_until(lambda: process.cards)
         return worker

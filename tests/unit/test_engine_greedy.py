@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_models import CONFIGS, EOS, PAD, driving, prompt, request, save_model
 from transformers import AutoModelForCausalLM
+
+from tests.unit.engine_models import CONFIGS, EOS, PAD, driving, prompt, request, save_model
 
 LENGTHS = [
     1,

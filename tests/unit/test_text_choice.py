@@ -2,12 +2,12 @@
 
 import msgspec
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from text_tokenizers import ALL, byte_fallback, byte_level, token_id
 
 from llmboost.jobs import SamplingParams
 from llmboost_worker.text import ChoiceText, Tokenizer
+from tests.unit.text_tokenizers import ALL, byte_fallback, byte_level, token_id
 
 STOPS = st.lists(st.sampled_from(["a", "lo", "世", "😀", " w", "\n\n", "world", "�", "👩‍👧"]), max_size=4)
 TEXT_PARTS = st.lists(
@@ -30,6 +30,7 @@ def choices(draw: st.DrawFn) -> tuple[Tokenizer, SamplingParams, list[int], list
     return tokenizer, sampling, draw(any_ids), ids
 
 
+@settings(deadline=None)
 @given(choices(), st.integers(0, 100))
 def test_replaying_a_prefix_changes_nothing(
     choice: tuple[Tokenizer, SamplingParams, list[int], list[int]], cut: int
@@ -49,6 +50,7 @@ def test_replaying_a_prefix_changes_nothing(
     assert (resumed.stopped, resumed.tokens) == (whole.stopped, whole.tokens)
 
 
+@settings(deadline=None)
 @given(choices())
 def test_a_stop_never_leaks(choice: tuple[Tokenizer, SamplingParams, list[int], list[int]]) -> None:
     """What is visible is the text before its first stop string, and nothing follows that."""
@@ -92,6 +94,22 @@ def test_no_stop_before_min_tokens(min_tokens: int, visible: str) -> None:
     assert choice.replay([a] * 4) + choice.finish() == visible
 
 
+def test_what_was_held_back_is_shown_at_the_end() -> None:
+    """A sequence that ends in the beginning of a stop string ends with that."""
+    tokenizer = byte_level()
+    choice = ChoiceText(tokenizer, SamplingParams(stop=("world!!",)))
+    assert choice.replay(tokenizer.encode("Hello, world!", False)) == "Hello, "
+    assert (choice.finish(), choice.stopped) == ("world!", False)
+
+
+def test_a_stop_token_before_min_tokens_is_text() -> None:
+    """A stop token that ends nothing is a token as any other."""
+    tokenizer = byte_level()
+    tool = token_id(tokenizer, "<tool>")
+    choice = ChoiceText(tokenizer, SamplingParams(stop_token_ids=(tool,), min_tokens=2))
+    assert choice.replay([tool, tool]) == "<tool>"
+
+
 @pytest.mark.parametrize("include", [False, True])
 def test_stop_tokens_are_text_only_if_included(include: bool) -> None:
     """The token that ended the sequence is hidden, also where the tokenizer takes it for text."""
@@ -113,6 +131,7 @@ def test_an_ignored_end_token_is_text() -> None:
 
 
 @example(cut=1)
+@settings(deadline=None)
 @given(cut=st.integers(0, 6))
 def test_a_chat_answer_is_its_own_text_and_a_completion_goes_on(cut: int) -> None:
     """The first ▁ is a space only where the output continues the prompt's text."""

@@ -3,13 +3,13 @@
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_tokenizers import byte_level, byte_level_of_transformers, token_id
 
 from llmboost.jobs import Prompt
 from llmboost_worker.text import PromptError, Tokenizer, encode_prompt, render_prompt
 from llmboost_worker.text.template import plain_messages
+from tests.unit.text_tokenizers import byte_level, byte_level_of_transformers, token_id
 
 HELLO = [{"role": "user", "content": "Hello"}]
 
@@ -212,6 +212,7 @@ def test_what_is_no_text_message_is_refused_by_place(message: Any, param: str, c
     assert (error.param, error.code) == (param, code)
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_content_is_rendered_or_refused_never_worse(text: str) -> None:
     """Whatever a user writes, the prompt holds it or the error is a PromptError."""

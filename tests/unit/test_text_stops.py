@@ -4,7 +4,7 @@ import itertools
 import time
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llmboost_worker.text import StopStrings
@@ -31,6 +31,7 @@ def first_stop(text: str, stops: tuple[str, ...]) -> tuple[int, int] | None:
     return (min(found)[1], min(found)[0]) if found else None
 
 
+@settings(deadline=None)
 @given(TEXTS, STOPS, st.booleans(), st.lists(st.integers(0, 30)))
 @example("aab", ("aab", "ab", "b"), False, [1, 2])
 @example("abab你", ("abab😀", "bab"), False, [])
@@ -43,6 +44,7 @@ def test_stops_are_found_wherever_the_chunks_are_cut(
     assert watch(StopStrings(stops, include), chunks_of(text, cuts)) == (expected, stop is not None)
 
 
+@settings(deadline=None)
 @given(TEXTS, STOPS)
 def test_only_what_may_become_a_stop_is_held_back(text: str, stops: tuple[str, ...]) -> None:
     """After each character, what is hidden is the longest end of the text that begins a stop string."""
@@ -58,6 +60,7 @@ def test_only_what_may_become_a_stop_is_held_back(text: str, stops: tuple[str, .
         assert visible + held == text[:read]
 
 
+@settings(deadline=None)
 @given(TEXTS, STOPS, st.lists(st.booleans(), min_size=30, max_size=30))
 def test_a_stop_counts_if_its_last_character_is_active(
     text: str, stops: tuple[str, ...], active: list[bool]

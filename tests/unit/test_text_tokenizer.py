@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_tokenizers import (
+from tokenizers import decoders
+
+from llmboost_worker.text import Tokenizer, TokenizerError
+from tests.unit.text_tokenizers import (
     ALL,
     CORPUS,
     byte_fallback,
@@ -20,8 +23,6 @@ from text_tokenizers import (
     unigram,
     word_piece,
 )
-
-from llmboost_worker.text import Tokenizer, TokenizerError
 
 
 def test_importing_loads_neither_torch_nor_transformers() -> None:
@@ -70,6 +71,17 @@ def test_encoding_in_threads_is_encoding_in_one() -> None:
         assert all(pool.map(work, range(100)))
 
 
+@pytest.mark.parametrize("decoder", [decoders.ByteLevel(), decoders.Metaspace()])
+def test_nothing_is_left_to_set_for_the_first_thread(decoder: decoders.Decoder) -> None:
+    """Truncation and padding are off from the start: to set them while another thread encodes is an error."""
+    hf = byte_level_of_transformers()
+    hf.backend_tokenizer.decoder = decoder
+    hf.backend_tokenizer.enable_truncation(4)
+    hf.backend_tokenizer.enable_padding(length=8)
+    Tokenizer(hf)
+    assert (hf.backend_tokenizer.truncation, hf.backend_tokenizer.padding) == (None, None)
+
+
 @pytest.mark.parametrize("make", ALL.values(), ids=ALL)
 def test_token_strings_put_together_are_the_text(make: Any) -> None:
     """Tokens as logprobs show them, put together, are the text, by string and by bytes."""
@@ -80,6 +92,7 @@ def test_token_strings_put_together_are_the_text(make: Any) -> None:
     assert b"".join(map(bytes, lists)).decode() == "".join(strings)
 
 
+@settings(deadline=None)
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @pytest.mark.parametrize("make", [byte_level, byte_fallback], ids=["byte_level", "byte_fallback"])
 def test_token_bytes_put_together_are_the_text(make: Any, text: str) -> None:

@@ -104,12 +104,21 @@ def word_piece() -> Tokenizer:
     return Tokenizer(wrap(backend, unk_token="[UNK]"))
 
 
+@cache
+def slow() -> Tokenizer:
+    """As ByT5: written in Python, a byte a token, invalid bytes left out."""
+    from transformers import ByT5Tokenizer
+
+    return Tokenizer(ByT5Tokenizer())
+
+
 ALL = {
     "byte_level": byte_level,
     "byte_fallback": byte_fallback,
     "byte_fallback_unstripped": lambda: byte_fallback(strip=False),
     "unigram": unigram,
     "word_piece": word_piece,
+    "slow": slow,
 }
 
 

@@ -18,6 +18,7 @@ from arq 0.28 in this, and in nothing else:
 """
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -122,8 +123,11 @@ class LeasedWorker(Worker):
         try:
             await self.run_job(claim.job_id, claim.score)
         except (Exception, asyncio.CancelledError) as error:
-            logger.warning("%s was not run: %r", claim.job_id, error)
-            await asyncio.shield(self._settle(claim, finished=False))
+            logger.warning("%s goes back to the queue: %r", claim.job_id, error)
+            settling = self.loop.create_task(self._settle(claim, finished=False))
+            while not settling.done():
+                with contextlib.suppress(asyncio.CancelledError):  # whoever is impatient waits for this
+                    await asyncio.wait({settling})
         finally:
             self._slot_freed.set()
 

@@ -44,7 +44,9 @@ Load = Callable[[WorkerSettings], tuple[Engine, Tokenizer]]
 class WorkerProcess:
     """Everything that one worker is made of."""
 
-    def __init__(self, settings: WorkerSettings, load: "Load | None" = None) -> None:
+    def __init__(
+        self, settings: WorkerSettings, load: Load | None = None, *, handle_signals: bool = False
+    ) -> None:
         """`load` makes the engine, not yet started, and its tokenizer; tests give their own."""
         if settings.redis_url is None:
             raise ValueError("a worker needs --redis-url")
@@ -72,6 +74,7 @@ class WorkerProcess:
             functions=[func(self.generate, name=FUNCTION)],
             on_startup=self.start,
             on_shutdown=self.stop,
+            handle_signals=handle_signals,
         )
 
     # arq calls these
@@ -186,11 +189,25 @@ class WorkerProcess:
 
 def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
     """The engine that the settings name, not yet started, and the model's tokenizer."""
-    from llmboost_worker.engine.transformers import TransformersEngine
+    from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
 
     model = locate(settings.model)
     tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
-    return TransformersEngine(settings, model), tokenizer
+    engine = TransformersEngine(
+        EngineConfig(
+            model=model,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            dtype=settings.dtype,
+            device=settings.device,
+            max_model_len=settings.max_model_len,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            enable_chunked_prefill=settings.enable_chunked_prefill,
+            threads=settings.threads or None,
+        )
+    )
+    return engine, tokenizer
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
@@ -226,7 +243,7 @@ def run(settings: WorkerSettings) -> int:
     logs.configure(settings.log_level)
     uvloop.install()
     asyncio.set_event_loop(asyncio.new_event_loop())
-    worker = WorkerProcess(settings)
+    worker = WorkerProcess(settings, handle_signals=True)
     worker.arq.on_stop = lambda _: _exit_soon()
     try:
         worker.arq.run()

@@ -104,9 +104,10 @@ class WindowDetokenizer(Detokenizer):
     """For any other tokenizer: what `decode` adds to the last text shown, with the tokens of that text
     before it.
 
-    Exact where a token's text depends on no more than the token before it. A text that ends in U+FFFD,
-    unless the last token has that character in its name, is taken for incomplete and held back, for
-    `MAX_HELD` tokens at most.
+    Exact where a token's text depends on no more than the token before it. A text that ends in U+FFFD is
+    taken for incomplete and held back, for `MAX_HELD` tokens at most, unless the last token has that
+    character in its name: one that the model means in three bytes can't be told from an incomplete one, and
+    is lost at the very end.
     """
 
     MAX_HELD = 8

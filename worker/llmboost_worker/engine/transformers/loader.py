@@ -74,8 +74,8 @@ def load(config: EngineConfig) -> LoadedModel:
     if missing := sorted(report["missing_keys"]):
         # transformers would serve random numbers in their place.
         raise EngineError(
-            f"the checkpoint {config.model!r} lacks {len(missing)} of the model's weights, {missing[0]!r} for one:"
-            " is it complete, and of a causal language model?"
+            f"the checkpoint {config.model!r} lacks {len(missing)} of the model's weights, {missing[0]!r} for "
+            "one: is it complete, and of a causal language model?"
         )
     architecture.check_class(model, text_config)
     model = model.eval().requires_grad_(False).to(device)
@@ -115,7 +115,8 @@ def cache_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
         raise EngineError(
             f"one sequence of max_model_len={loaded.max_model_len} tokens needs "
             f"{loaded.max_model_len * per_token / GIB:.2f} GiB of keys and values, and {origin} "
-            f"{given / GIB:.2f} GiB: lower max_model_len (to {given // per_token} at most) or raise kv_cache_gib"
+            f"{given / GIB:.2f} GiB: lower max_model_len (to {given // per_token} at most) or raise "
+            "kv_cache_gib"
         )
     return given
 

@@ -17,7 +17,7 @@ def available_cores() -> int:
     live on), no more than the process's CPU affinity and its cgroup's quota allow."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     physical = psutil.cpu_count(logical=False) or affinity
-    return max(1, min(affinity, physical, math.ceil(_cgroup_cores())))
+    return max(1, math.ceil(min(affinity, physical, _cgroup_cores())))
 
 
 def available_memory(device: torch.device) -> int:

@@ -1,0 +1,52 @@
+"""The API process: the FastAPI app, and the server that runs it."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from llmboost import logs
+from llmboost.settings import ApiSettings
+from llmboost_api import errors, openapi
+from llmboost_api.middleware import RequestContext
+from llmboost_api.pod import Pod
+from llmboost_api.routes import chat, completions, health, models
+from llmboost_api.server import PodServer
+
+
+def create_app(settings: ApiSettings) -> FastAPI:
+    """The app of one API pod. Starts, and stays, whether or not Redis can be reached.
+
+    Raises:
+        ValueError: (when it starts) no Redis URL was given, or it is none.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with Pod(settings) as pod:
+            app.state.pod = pod
+            yield
+
+    app = FastAPI(
+        title="llmboost",
+        description="Language models behind a message queue, in OpenAI's protocol.",
+        lifespan=lifespan,
+        redirect_slashes=False,
+        redoc_url=None,
+    )
+    errors.install(app)
+    app.add_middleware(RequestContext)
+    for routes in (chat, completions, models, health):
+        app.include_router(routes.router)
+    openapi.install(app)
+    return app
+
+
+def run(settings: ApiSettings) -> None:
+    """Serves until SIGTERM or SIGINT, then drains and returns. Logs one line when it is ready.
+
+    Raises:
+        SystemExit: it could not start; the log says why.
+    """
+    logs.configure(settings.log_level)
+    PodServer(create_app(settings), settings).run()

@@ -1,0 +1,98 @@
+"""Errors as a client sees them: OpenAI's error object, and when to send the request again."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from starlette.exceptions import HTTPException
+
+from llmboost.entries import StreamError
+
+NO_RETRY = {"x-should-retry": "false"}
+"""Official clients send a request again after 408, 409, 429 and 5xx. Once a job is in the queue that
+would generate twice, so every error from there on tells them not to."""
+
+
+class ApiError(Exception):
+    """A request that ends in an error. The message says what was wrong, with what value, and what to do."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.type = type
+        self.code = code
+        self.param = param
+        self.headers = dict(headers or {})
+
+    def body(self) -> bytes:
+        """OpenAI's error object, as JSON."""
+        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        return msgspec.json.encode({"error": error})
+
+    def response(self) -> Response:
+        """The error as an HTTP response."""
+        return Response(self.body(), self.status, self.headers, media_type="application/json")
+
+
+def from_stream(error: StreamError) -> ApiError:
+    """An error that a token stream ended in."""
+    return ApiError(
+        error.status, error.message, type=error.type, code=error.code, param=error.param, headers=NO_RETRY
+    )
+
+
+def unavailable(message: str) -> ApiError:
+    """The pod cannot serve for the moment, and nothing was started: the client may try again."""
+    return ApiError(
+        503, message, type="server_error", code="service_unavailable", headers={"retry-after": "2"}
+    )
+
+
+def internal(request_id: str) -> ApiError:
+    """Whatever nobody foresaw. The cause is in the log, under the request's id."""
+    return ApiError(
+        500,
+        "Something failed inside the server. If it happens again, tell the operator the request id "
+        f"{request_id}.",
+        type="server_error",
+        code="internal_error",
+        headers=NO_RETRY,
+    )
+
+
+async def _on_api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error.response()
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    """Routing's own errors."""
+    assert isinstance(error, HTTPException)
+    method, path = request.method, request.url.path
+    what: dict[str, Any] = {"code": None}
+    message = str(error.detail)
+    if error.status_code == 404:
+        message = f"There is nothing at {path}. GET /openapi.json lists what there is."
+        what["code"] = "unknown_url"
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("allow") or (error.headers or {}).get("Allow", "another method")
+        message = f"{path} does not take {method}: use {allowed}."
+        what["code"] = "method_not_allowed"
+    return ApiError(error.status_code, message, headers=error.headers, **what).response()
+
+
+def install(app: FastAPI) -> None:
+    """Makes every error of the app an OpenAI-shaped one."""
+    app.add_exception_handler(ApiError, _on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_error)

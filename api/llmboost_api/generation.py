@@ -1,0 +1,256 @@
+"""The jobs of one request, from submission to their last entry."""
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack
+from functools import partial
+from types import TracebackType
+from typing import Any
+
+from redis.exceptions import RedisError
+
+from llmboost.entries import Delta, ReadEntry, StreamError, Terminal
+from llmboost.jobs import GenerationJob, now
+from llmboost.queue import DEADLINE_ERROR, JobQueue, QueueFull
+from llmboost.settings import ApiSettings
+from llmboost.streams import StreamGap, StreamGone, persist
+from llmboost.tailer import Subscription, Tailer, TailerClosed
+from llmboost_api import errors
+from llmboost_api.directory import no_redis
+from llmboost_api.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+Step = tuple[int, list[ReadEntry]]
+"""(index of the job, entries of its stream that came together)."""
+
+SUBMIT_PATIENCE_S = 3.0
+"""How long an unknown outcome is asked about again before the request gets 503."""
+SUBMITS_AT_ONCE = 32
+"""Each takes a connection while it lasts."""
+WITHDRAW_TIMEOUT_S = 30.0
+DEADLINE_SLACK_S = 5.0
+"""The reaper seals at the deadline; this much later the pod stops waiting for Redis to say so."""
+
+GONE = StreamError("The stream expired or was lost with its server.", code="stream_gone", status=410)
+GAP = StreamError(
+    "A part of the answer was lost, so it ends here. Send the request again.", code="stream_gap"
+)
+LOST_REDIS = StreamError("The queue's server failed while the answer was being read.", code="stream_lost")
+DRAINED = StreamError(
+    "The server is shutting down and could not finish the answer in time. Send the request again.",
+    code="server_shutdown",
+    status=503,
+)
+NOT_ACCEPTED = StreamError("The request was not accepted, so it was withdrawn.", code="withdrawn", status=503)
+
+
+class Generation:
+    """An async context manager that submits and tails; an async iterator over `Step`s.
+
+    Leaving it early seals nothing: the stream's audience lapses, and its worker ends it after the grace.
+
+    Raises:
+        ApiError: on entering, nothing runs (429, 503); from iteration, the answer ended in an error.
+    """
+
+    def __init__(self, parent: "Generations", jobs: Sequence[GenerationJob]) -> None:
+        self.jobs = jobs
+        self._parent = parent
+        self._merge = Merge()
+        self._stack = AsyncExitStack()
+        self._peeked: asyncio.Task[Step] | None = None
+        self._waiting: asyncio.Timeout | None = None
+        self._until = _loop_time(max(job.deadline for job in jobs) + DEADLINE_SLACK_S)
+        self._verdict = DEADLINE_ERROR
+
+    async def __aenter__(self) -> "Generation":
+        await self._parent.submit(self.jobs)
+        async with AsyncExitStack() as stack:
+            for job in self.jobs:
+                tail = self._parent.tailer.tail(job.id)
+                self._merge.add(await stack.enter_async_context(tail))
+            self._stack = stack.pop_all()
+        self._parent.running.add(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._parent.running.discard(self)
+        await discard(self._peeked)
+        await self._merge.aclose()
+        await self._stack.aclose()
+
+    def peek(self) -> "asyncio.Task[Step]":
+        """Waits for the first entries that matter; iteration begins with them."""
+        self._peeked = asyncio.create_task(self._first())
+        return self._peeked
+
+    async def _first(self) -> Step:
+        async for step in self:
+            if any(isinstance(entry, Delta | Terminal) for _, entry in step[1]):
+                return step
+        raise errors.from_stream(GONE)
+
+    def __aiter__(self) -> "Generation":
+        return self
+
+    async def __anext__(self) -> Step:
+        if self._peeked is not None and self._peeked is not asyncio.current_task():
+            peeked, self._peeked = self._peeked, None
+            return await peeked
+        try:
+            async with asyncio.timeout_at(self._until) as self._waiting:
+                return await self._merge.next()
+        except TimeoutError:
+            raise errors.from_stream(self._verdict) from None
+        except StreamGone:
+            raise errors.from_stream(GONE) from None
+        except StreamGap as gap:
+            logger.error("gap: job_id=%s %s", self.jobs[0].id, gap)
+            raise errors.from_stream(GAP) from None
+        except (RedisError, OSError, TailerClosed) as error:
+            logger.error("tailing failed: job_id=%s %s: %s", self.jobs[0].id, type(error).__name__, error)
+            raise errors.from_stream(LOST_REDIS) from error
+        finally:
+            self._waiting = None
+
+    def end(self, verdict: StreamError) -> None:
+        """Makes iteration raise at its next wait, or the one under way."""
+        self._verdict, self._until = verdict, 0.0
+        if self._waiting is not None and not self._waiting.expired():
+            self._waiting.reschedule(0.0)
+
+
+class Merge:
+    """Several subscriptions as one; nothing is lost when a wait for the next step is cancelled."""
+
+    def __init__(self) -> None:
+        self._subscriptions: list[Subscription] = []
+        self._pending: dict[asyncio.Task[list[ReadEntry] | None], int] | None = None
+
+    def add(self, subscription: Subscription) -> None:
+        self._subscriptions.append(subscription)
+
+    async def next(self) -> Step:
+        """Raises `StopAsyncIteration` when all have ended."""
+        if len(self._subscriptions) == 1:  # nearly every request: no task per step
+            return 0, await anext(self._subscriptions[0])
+        if self._pending is None:
+            self._pending = {}
+            for index in range(len(self._subscriptions)):
+                self._wait_for(index)
+        while self._pending:
+            done, _ = await asyncio.wait(self._pending, return_when=asyncio.FIRST_COMPLETED)
+            task = done.pop()
+            index = self._pending.pop(task)
+            batch = task.result()
+            if batch is not None:
+                self._wait_for(index)
+                return index, batch
+        raise StopAsyncIteration
+
+    def _wait_for(self, index: int) -> None:
+        async def batch_or_none() -> list[ReadEntry] | None:
+            return await anext(self._subscriptions[index], None)
+
+        assert self._pending is not None
+        self._pending[asyncio.create_task(batch_or_none())] = index
+
+    async def aclose(self) -> None:
+        for task in self._pending or ():
+            await discard(task)
+
+
+class Generations:
+    """All generations of a pod, and the way into the queue."""
+
+    def __init__(self, queue: JobQueue, tailer: Tailer, settings: ApiSettings, pod_id: str) -> None:
+        self.queue = queue
+        self.tailer = tailer
+        self.running: set[Generation] = set()
+        self._settings = settings
+        self._pod_id = pod_id
+        self._slots = asyncio.Semaphore(SUBMITS_AT_ONCE)
+        self._background: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> "Generations":
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for task in list(self._background):
+            await discard(task)
+
+    def of(self, jobs: Sequence[GenerationJob]) -> Generation:
+        """A generation of these jobs, not yet submitted."""
+        return Generation(self, jobs)
+
+    def end_all(self) -> None:
+        """The time to drain is over: what still runs ends in an error."""
+        for generation in list(self.running):
+            generation.end(DRAINED)
+
+    async def submit(self, jobs: Sequence[GenerationJob]) -> None:
+        """Enqueues all of the jobs, or withdraws those that it had.
+
+        Raises:
+            ApiError: the queue is full (429), or can't be reached (503).
+        """
+        for number, job in enumerate(jobs, start=1):
+            try:
+                async with asyncio.timeout(SUBMIT_PATIENCE_S), self._slots:
+                    await persist(partial(self._submit, job))
+            except QueueFull as full:
+                self._withdraw(jobs[: number - 1])
+                raise ApiError(
+                    429,
+                    f"{full}. Try again in a few seconds, or have the operator add workers or raise "
+                    "--max-queued.",
+                    type="rate_limit_error",
+                    code="queue_full",
+                    headers={"retry-after": "1"},
+                ) from None
+            except (TimeoutError, RedisError, OSError) as error:
+                # The job may be in the queue all the same, and a client may send the request again.
+                self._withdraw(jobs[:number])
+                raise no_redis(error) from error
+
+    async def _submit(self, job: GenerationJob) -> None:
+        await self.queue.submit(job, audience=self._settings.grace, max_queued=self._settings.max_queued)
+
+    def _withdraw(self, jobs: Sequence[GenerationJob]) -> None:
+        if jobs:
+            self._in_background(self._cancel(jobs))
+
+    async def _cancel(self, jobs: Sequence[GenerationJob]) -> None:
+        """As well as can be: where it fails, the audience lapses and the worker seals."""
+        terminal = Terminal(self._pod_id, error=NOT_ACCEPTED)
+        try:
+            async with asyncio.timeout(WITHDRAW_TIMEOUT_S):
+                for job in jobs:
+                    await persist(partial(self.queue.cancel, job.id, terminal))
+        except (TimeoutError, RedisError, OSError) as error:
+            logger.warning("not withdrawn: job_id=%s %s", jobs[0].id, type(error).__name__)
+
+    def _in_background(self, coroutine: "Coroutine[Any, Any, None]") -> None:
+        task = asyncio.create_task(coroutine)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+
+def _loop_time(unix_time: float) -> float:
+    return asyncio.get_running_loop().time() + unix_time - now()
+
+
+async def discard(task: "asyncio.Task[Any] | None") -> None:
+    """Cancels a task whose outcome nobody wants, and waits until it has ended."""
+    if task is None:
+        return
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()

@@ -1,0 +1,64 @@
+"""What wraps every request: its id, and the net for errors that nobody foresaw."""
+
+import logging
+
+from sse_starlette.sse import SendTimeoutError
+from starlette.requests import ClientDisconnect, HTTPConnection
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from llmboost.jobs import new_id
+from llmboost_api import errors
+
+logger = logging.getLogger(__name__)
+
+
+def request_id(request: HTTPConnection) -> str:
+    """The id under which this request is logged and answered."""
+    return str(request.scope["state"]["request_id"])
+
+
+def rename_request(request: HTTPConnection, name: str) -> None:
+    """Gives the request the id of the completion that it asks for."""
+    request.scope["state"]["request_id"] = name
+
+
+class RequestContext:
+    """Sends `x-request-id` with every response; logs an unforeseen error once, and answers it with a 500.
+
+    Inside Starlette's own net, which would raise the error again for the server to log a second time.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["request_id"] = new_id("req")
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                header = (b"x-request-id", state["request_id"].encode())
+                message["headers"] = [*message["headers"], header]
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            logger.debug("client left: request_id=%s", state["request_id"])
+        except SendTimeoutError:
+            logger.info("client stopped reading: request_id=%s", state["request_id"])
+        except Exception:
+            logger.exception(
+                "internal error: request_id=%s method=%s path=%r",
+                state["request_id"],
+                scope["method"],
+                scope["path"],
+            )
+            if not started:
+                await errors.internal(state["request_id"]).response()(scope, receive, send_with_id)

@@ -1,0 +1,64 @@
+"""What all requests of one API process share: Redis, the tailer, and the tasks beside them."""
+
+import asyncio
+import os
+import secrets
+import socket
+from contextlib import AsyncExitStack
+from types import TracebackType
+
+from fastapi import Request
+
+from llmboost.connection import connect
+from llmboost.queue import JobQueue
+from llmboost.reaper import reap_forever
+from llmboost.registry import Registry
+from llmboost.settings import ApiSettings
+from llmboost.streams import TokenStreams
+from llmboost.tailer import Tailer
+from llmboost_api.directory import ModelDirectory
+from llmboost_api.generation import Generations, discard
+
+
+class Pod:
+    """One API process; `async with Pod(settings):` runs it. Lives on while Redis is away.
+
+    Raises:
+        ValueError: no Redis URL was given, or it is none.
+    """
+
+    def __init__(self, settings: ApiSettings) -> None:
+        if settings.redis_url is None:
+            raise ValueError(
+                "An API pod needs a Redis server: give --redis-url or LLMBOOST_REDIS_URL, "
+                "or start everything with `llmboost serve`."
+            )
+        self.settings = settings
+        self.id = f"pod-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.redis = connect(settings.redis_url, client_name=self.id)
+        self.streams = TokenStreams(self.redis, settings.retention)
+        self.queue = JobQueue(self.redis, self.streams)
+        self.registry = Registry(self.redis)
+        self.models = ModelDirectory(self.registry)
+        self.tailer = Tailer(self.streams, redis_url=settings.redis_url, grace=settings.grace)
+        self.generations = Generations(self.queue, self.tailer, settings, self.id)
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> "Pod":
+        self._stack.push_async_callback(self.redis.aclose)
+        await self._stack.enter_async_context(self.tailer)
+        await self._stack.enter_async_context(self.generations)
+        reaper = asyncio.create_task(reap_forever(self.queue, self.id))
+        self._stack.push_async_callback(discard, reaper)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._stack.aclose()
+
+
+def pod_of(request: Request) -> Pod:
+    """The pod that serves this request."""
+    pod: Pod = request.app.state.pod
+    return pod
