@@ -47,7 +47,7 @@ async def pod(redis_url: str, worker: ScriptedWorker) -> AsyncIterator[RunningPo
 
 
 async def test_stream_is_written_as_documented(pod: RunningPod, worker: ScriptedWorker) -> None:
-    """Chunks are the documented ones: role and first text together, an empty delta at the end, [DONE]."""
+    """Chunks are the documented ones: role and first text together, an empty one at the end, [DONE]."""
     frames = await pod.stream("/v1/chat/completions", chat(stream=True))
     assert frames[-1].data == "[DONE]"
     chunks = [frame.json for frame in frames[:-1]]
@@ -59,7 +59,7 @@ async def test_stream_is_written_as_documented(pod: RunningPod, worker: Scripted
     assert [chunk["choices"] for chunk in chunks] == [
         [{"index": 0, "delta": {"role": "assistant", "content": "Once"}, "finish_reason": None}],
         *[[{"index": 0, "delta": {"content": word}, "finish_reason": None}] for word in WORDS[1:]],
-        [{"index": 0, "delta": {}, "finish_reason": "stop"}],
+        [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}],
     ]
     # The last word and the reason came in one entry: its cursor goes with the last of its frames.
     assert [frame.id for frame in frames] == ["1-1", "1-2", "1-3", "1-4", None, "1-5", SEAL_ID]
@@ -77,9 +77,9 @@ async def test_every_choice_begins_with_its_role(pod: RunningPod, worker: Script
         [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}],
         [{"index": 1, "delta": {"role": "assistant", "content": "x"}, "finish_reason": None}],
         [{"index": 1, "delta": {"content": "y"}, "finish_reason": None}],
-        [{"index": 1, "delta": {}, "finish_reason": "stop"}],
+        [{"index": 1, "delta": {"content": ""}, "finish_reason": "stop"}],
         [{"index": 0, "delta": {"content": "b"}, "finish_reason": None}],
-        [{"index": 0, "delta": {}, "finish_reason": "length"}],
+        [{"index": 0, "delta": {"content": ""}, "finish_reason": "length"}],
     ]
 
 
