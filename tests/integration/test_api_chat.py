@@ -88,7 +88,7 @@ async def test_an_answer_without_text_still_has_a_role(pod: RunningPod, worker: 
     frames = await pod.stream("/v1/chat/completions", chat(stream=True))
     assert [frame.json["choices"][0]["delta"] for frame in frames[:-1]] == [
         {"role": "assistant", "content": ""},
-        {},
+        {"content": ""},
     ]
 
 
@@ -132,7 +132,7 @@ async def test_text_travels_unharmed(pod: RunningPod, worker: ScriptedWorker) ->
     worker.script = lambda job: [*says(texts), ends(6)]
     frames = await pod.stream("/v1/chat/completions", chat(stream=True))
     got = [frame.json["choices"][0]["delta"].get("content") for frame in frames[:-1]]
-    assert got == [*texts, None]
+    assert got == [*texts, ""]
 
 
 async def test_tokens_without_text_make_no_chunk(pod: RunningPod, worker: ScriptedWorker) -> None:
@@ -141,7 +141,7 @@ async def test_tokens_without_text_make_no_chunk(pod: RunningPod, worker: Script
     worker.script = lambda job: [*says(["h", "", "", "😀!"], logprobs=logprobs), ends(4)]
     frames = await pod.stream("/v1/chat/completions", chat(stream=True, logprobs=True))
     choices = [frame.json["choices"][0] for frame in frames[:-1]]
-    assert [choice["delta"].get("content") for choice in choices] == ["h", "😀!", None]
+    assert [choice["delta"].get("content") for choice in choices] == ["h", "😀!", ""]
     assert [
         choice["logprobs"] and [token["token"] for token in choice["logprobs"]["content"]]
         for choice in choices
@@ -154,7 +154,7 @@ async def test_logprobs_of_hidden_last_tokens_are_not_lost(pod: RunningPod, work
     worker.script = lambda job: [*says(["a", "", ""], logprobs=logprobs), ends(3)]
     frames = await pod.stream("/v1/chat/completions", chat(stream=True, logprobs=True))
     last = frames[-2].json["choices"][0]
-    assert (last["delta"], last["finish_reason"]) == ({}, "stop")
+    assert (last["delta"], last["finish_reason"]) == ({"content": ""}, "stop")
     assert [token["token"] for token in last["logprobs"]["content"]] == ["b", "c"]
 
 
@@ -250,7 +250,7 @@ async def test_job_says_what_was_asked(pod: RunningPod, worker: ScriptedWorker) 
 async def test_official_async_client(pod: RunningPod, worker: ScriptedWorker) -> None:
     stream = await pod.openai.chat.completions.create(**chat(stream=True, max_tokens=1024))
     chunks = [chunk async for chunk in stream]
-    assert [chunk.choices[0].delta.content for chunk in chunks] == [*WORDS, None]
+    assert [chunk.choices[0].delta.content for chunk in chunks] == [*WORDS, ""]
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * len(WORDS) + ["stop"]
     whole = await pod.openai.chat.completions.create(**chat())
     assert whole.choices[0].message.content == "".join(WORDS)
@@ -267,7 +267,7 @@ async def test_official_sync_client(pod: RunningPod, worker: ScriptedWorker) -> 
                 if chunk.choices
             ]
 
-    assert await asyncio.to_thread(texts) == [*WORDS, None]
+    assert await asyncio.to_thread(texts) == [*WORDS, ""]
 
 
 async def test_official_client_endures_pings(
@@ -296,7 +296,7 @@ async def test_official_client_endures_pings(
     monkeypatch.setattr(sse, "ping", counted_ping)
     async with serving(settings_for(redis_url, ping_interval=0.05, headers_after=0)) as pod:
         stream = await pod.openai.chat.completions.create(**chat(stream=True))
-        assert [chunk.choices[0].delta.content async for chunk in stream] == [*WORDS, None]
+        assert [chunk.choices[0].delta.content async for chunk in stream] == [*WORDS, ""]
         response = await pod.http.post("/v1/chat/completions", json=chat(stream=True))
     assert response.text.count(": ping\n") >= 2 * len(WORDS)
     assert ": ping\n\n" not in response.text
