@@ -74,8 +74,8 @@ def load(config: EngineConfig) -> LoadedModel:
     if missing := sorted(report["missing_keys"]):
         # transformers would serve random numbers in their place.
         raise EngineError(
-            f"the checkpoint {config.model!r} lacks {len(missing)} of the model's weights, {missing[0]!r} for "
-            "one: is it complete, and of a causal language model?"
+            f"the checkpoint {config.model!r} lacks {len(missing)} of the model's weights, {missing[0]!r} "
+            "for one: is it complete, and of a causal language model?"
         )
     architecture.check_class(model, text_config)
     model = model.eval().requires_grad_(False).to(device)
