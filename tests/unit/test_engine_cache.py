@@ -44,8 +44,8 @@ operation = st.one_of(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(operation, max_size=40))
 def test_any_history_leaves_each_slot_with_its_own_tokens_and_zeros(operations: list[tuple]) -> None:
-    """Slots are given back full of NaN, and nobody else sees one. A refusal changes nothing. Memory stays within
-    its bound."""
+    """Slots are given back full of NaN, and nobody else sees one. A refusal changes nothing. Memory stays
+    within its bound."""
     slots, live, mark = cache(max_tokens=3000), {}, 0.0
     for name, *arguments in operations:
         try:

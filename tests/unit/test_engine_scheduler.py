@@ -75,8 +75,8 @@ def test_smaller_priority_then_earlier_arrival_is_admitted_first() -> None:
 
 
 def test_the_newest_of_the_lowest_class_gives_way() -> None:
-    """Room for four slots of 128, or two and one of 256, which an interactive sequence soon needs. Of two batch
-    sequences the one that came last loses its slot."""
+    """Room for four slots of 128, or two and one of 256, which an interactive sequence soon needs. Of two
+    batch sequences the one that came last loses its slot."""
     simulation = Simulation(room=512)
     batch = simulation.add("batch", 100, priority=1)
     simulation.step()
