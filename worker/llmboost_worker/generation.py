@@ -192,8 +192,8 @@ class Generator:
         if unknown:
             raise Refused(
                 StreamError(
-                    f"logit_bias names token {unknown[0]}, but this model's token ids are whole numbers from 0 "
-                    f"to {self._info.vocab_size - 1}. Was it made for another model's tokenizer?",
+                    f"logit_bias names token {unknown[0]}, but this model's token ids are whole numbers from "
+                    f"0 to {self._info.vocab_size - 1}. Was it made for another model's tokenizer?",
                     "invalid_request_error",
                     "invalid_token_id",
                     "logit_bias",
