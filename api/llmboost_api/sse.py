@@ -22,6 +22,11 @@ PING = b": ping\n"
 """One line break only: after an `id:` line, official clients parse whatever a blank line ends, and fail."""
 
 
+def ping() -> bytes:
+    """A keep-alive."""
+    return PING
+
+
 def event_source(frames: AsyncIterator[bytes], settings: ApiSettings) -> EventSourceResponse:
     """A response that sends the frames as they are, and keep-alives between them."""
     return EventSourceResponse(
@@ -29,7 +34,7 @@ def event_source(frames: AsyncIterator[bytes], settings: ApiSettings) -> EventSo
         sep="\n",
         ping=settings.ping_interval,
         # Typed as an event, taken as bytes: an event would end in a blank line.
-        ping_message_factory=cast("Callable[[], Any]", lambda: PING),
+        ping_message_factory=cast("Callable[[], Any]", ping),
         send_timeout=settings.send_timeout,
     )
 

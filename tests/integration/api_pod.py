@@ -86,6 +86,7 @@ class ScriptedWorker:
     """All that it has claimed."""
     stopped: dict[str, StreamEnded] = field(default_factory=dict)
     """Jobs whose stream somebody else ended."""
+    finished: int = 0
 
     async def announce(self, *names: str) -> None:
         card = WorkerCard("worker-1", ROOT, "scripted", "none", 8, 1, 2)
@@ -116,6 +117,7 @@ class ScriptedWorker:
         except StreamEnded as ended:
             self.stopped[job.id] = ended
         await self.queue.finish(ROOT, claim, "worker-1")
+        self.finished += 1
 
     async def append(self, writer: Writer, entries: Sequence[Entry]) -> None:
         """All in one round trip, so that a reader gets them together."""
@@ -182,7 +184,8 @@ def frames_of(text: str) -> list[Frame]:
     for event in text[:-2].split("\n\n"):
         *ids, data = event.split("\n")
         assert data.startswith("data: "), event
-        assert len(ids) <= 1 and all(line.startswith("id: ") for line in ids), event
+        assert len(ids) <= 1, event
+        assert all(line.startswith("id: ") for line in ids), event
         frames.append(Frame(ids[0][4:] if ids else None, data[6:]))
     return frames
 

@@ -1,0 +1,210 @@
+"""The pod itself: what it lists, when it is ready, and how it goes."""
+
+import asyncio
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import AsyncIterator
+
+import openai
+import pytest
+from arq.connections import ArqRedis
+
+from llmboost.jobs import SamplingParams
+from llmboost.streams import TokenStreams
+
+from ..jobs import make_job
+from ..waiting import wait_until
+from .api_pod import (
+    MODEL,
+    ROOT,
+    RunningPod,
+    ScriptedWorker,
+    chat,
+    ends,
+    frames_of,
+    says,
+    serving,
+    settings_for,
+    working,
+)
+
+
+@pytest.fixture
+async def worker(redis: ArqRedis, streams: TokenStreams) -> AsyncIterator[ScriptedWorker]:
+    async with working(redis, streams) as running:
+        yield running
+
+
+@pytest.fixture
+async def pod(redis_url: str, worker: ScriptedWorker) -> AsyncIterator[RunningPod]:
+    async with serving(settings_for(redis_url)) as running:
+        yield running
+
+
+async def test_models(pod: RunningPod) -> None:
+    """Every name that a worker announces, aliases included; ids with slashes, encoded or not."""
+    listed = [model async for model in pod.openai.models.list()]
+    assert [model.id for model in listed] == [ROOT, MODEL]
+    assert listed[1].model_extra == {"root": ROOT, "max_model_len": 1000}
+    assert (await pod.openai.models.retrieve(MODEL)).id == MODEL
+    assert (await pod.http.get(f"/v1/models/{MODEL}")).json() == (await pod.http.get("/v1/models")).json()[
+        "data"
+    ][1]
+    assert (await pod.http.get(f"/v1/models/{MODEL.replace('/', '%2F')}")).json()["id"] == MODEL
+    with pytest.raises(openai.NotFoundError):
+        await pod.openai.models.retrieve("nobody/knows-it")
+
+
+async def test_a_new_model_is_found_at_once(pod: RunningPod, worker: ScriptedWorker) -> None:
+    """That a name was unknown is not remembered."""
+    assert (await pod.http.get("/v1/models/late")).status_code == 404
+    await worker.announce("late")
+    assert (await pod.http.get("/v1/models/late")).status_code == 200
+
+
+async def test_ready_says_who_serves(redis: ArqRedis, streams: TokenStreams, redis_url: str) -> None:
+    """503 until a worker is alive; then who it is and what waits."""
+    async with serving(settings_for(redis_url)) as pod:
+        response = await pod.http.get("/ready")
+        assert (response.status_code, response.json()["reason"]) == (503, "No worker is alive.")
+        async with working(redis, streams):
+            response = await pod.http.get("/ready")
+            assert response.status_code == 200
+            (worker,) = response.json()["workers"]
+            assert (worker["model"], worker["running"], worker["waiting"]) == (ROOT, 1, 2)
+            assert response.json()["queues"] == {ROOT: {"interactive": 0, "batch": 0}}
+        assert (await pod.http.get("/health")).json() == {"status": "ok"}
+        assert (await pod.http.get("/")).json()["base_url"] == "/v1"
+
+
+async def test_openapi_is_valid(pod: RunningPod) -> None:
+    """Every reference in the description leads somewhere, and every field of a request is in it."""
+    text = (await pod.http.get("/openapi.json")).text
+    schema = (await pod.http.get("/openapi.json")).json()
+    for name in set(re.findall(r'"\$ref":"#/components/schemas/([^"]+)"', text)):
+        assert name in schema["components"]["schemas"]
+    assert "#/$defs" not in text
+    chat_schema = schema["components"]["schemas"]["ChatRequest"]
+    assert {"messages", "model", "max_completion_tokens", "top_k", "stop"} <= chat_schema["properties"].keys()
+    assert chat_schema["required"] == ["model", "messages"]
+    assert SamplingParams().n == chat_schema["properties"]["n"]["default"]
+
+
+async def test_the_pod_reaps(pod: RunningPod, worker: ScriptedWorker, streams: TokenStreams) -> None:
+    """A request that nobody will ever run is sealed by whichever pod looks first."""
+    job = make_job(model="nobody-serves-this")
+    await worker.queue.submit(job)
+    await worker.queue.discard(job.id)
+
+    async def sealed() -> bool:
+        return await streams.newest_id(job.id) != "0-1"
+
+    await wait_until(sealed)
+
+
+async def test_a_deadline_ends_the_wait(redis_url: str, worker: ScriptedWorker) -> None:
+    """A request that takes too long is a 504, and is not sent again."""
+    never = asyncio.Event()
+    worker.script = lambda job: [never.wait()]
+    async with serving(settings_for(redis_url, request_timeout=0.3)) as pod:
+        response = await pod.http.post("/v1/chat/completions", json=chat())
+    assert (response.status_code, response.json()["error"]["code"]) == (504, "request_timeout")
+    assert response.headers["x-should-retry"] == "false"
+    never.set()
+
+
+# Going
+
+
+async def test_draining_finishes_what_runs(redis_url: str, worker: ScriptedWorker) -> None:
+    """Told to go, a pod takes nothing new, and what runs ends as it would have."""
+    going = asyncio.Event()
+    worker.script = lambda job: [*says(["Once"], reason=None), going.wait(), *says([" upon"])[:0], ends(1)]
+    async with serving(settings_for(redis_url)) as pod:
+        whole = asyncio.create_task(pod.http.post("/v1/chat/completions", json=chat()))
+        await wait_until(lambda: len(worker.jobs) == 1)
+        async with pod.http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as response:
+            chunks = response.aiter_text()
+            text = await anext(chunks)
+            pod.server.should_exit = True
+            await wait_until(lambda: not pod.server.servers[0].is_serving())
+            going.set()
+            text += "".join([chunk async for chunk in chunks])
+        assert frames_of(text)[-1].data == "[DONE]"
+        assert (await whole).status_code == 200
+
+
+async def test_draining_has_an_end(redis_url: str, worker: ScriptedWorker) -> None:
+    """What has not finished by then ends in an error that its client can read; nothing is sealed."""
+    never = asyncio.Event()
+    worker.script = lambda job: [*says(["Once"], reason=None), never.wait(), ends(1)]
+    async with serving(settings_for(redis_url, drain_timeout=0.2)) as pod:
+        whole = asyncio.create_task(pod.http.post("/v1/chat/completions", json=chat()))
+        await wait_until(lambda: len(worker.jobs) == 1)
+        async with pod.http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as response:
+            chunks = response.aiter_text()
+            text = await anext(chunks)
+            pod.server.should_exit = True
+            text += "".join([chunk async for chunk in chunks])
+        assert frames_of(text)[-1].json["error"]["code"] == "server_shutdown"
+        answer = await whole
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (503, "false")
+    never.set()
+    await wait_until(lambda: worker.finished == 2)
+    assert not worker.stopped
+
+
+RUN = """
+from llmboost.settings import ApiSettings
+from llmboost_api.app import run
+run(ApiSettings(port=0, drain_timeout=20))
+"""
+
+
+@contextlib.asynccontextmanager
+async def running_process(redis_url: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """`run(settings)` in a process of its own, and its URL."""
+    environment = {**os.environ, "LLMBOOST_REDIS_URL": redis_url}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        RUN,
+        env=environment,
+        stderr=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        assert process.stderr is not None
+        line = (await asyncio.wait_for(process.stderr.readline(), 30)).decode()
+        ready = re.search(r"ready: serving on (http://\S+)", line)
+        assert ready, line
+        yield process, ready.group(1)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+async def test_a_process_told_to_go_finishes_its_stream(
+    redis_url: str, worker: ScriptedWorker, how: signal.Signals
+) -> None:
+    """The whole of it, by signal: one ready line, a stream that outlives the signal, exit code 0."""
+    going = asyncio.Event()
+    worker.script = lambda job: [*says(["Once"], reason=None), going.wait(), ends(1)]
+    async with running_process(redis_url) as (process, url):
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="-", timeout=20) as client:
+            stream = await client.chat.completions.create(**chat(stream=True))
+            first = await anext(aiter(stream))
+            process.send_signal(how)
+            assert process.stderr is not None
+            assert b"draining: running=1" in await process.stderr.readline()
+            going.set()
+            rest = [chunk async for chunk in stream]
+        assert first.choices[0].delta.content == "Once"
+        assert rest == []
+        stdout, stderr = await asyncio.wait_for(process.communicate(), 20)
+        assert (process.returncode, stdout, stderr) == (0, b"", b"")

@@ -1,0 +1,125 @@
+"""Frames: whole ones in each write, the cursor with the last of an entry, no `[DONE]` after an error."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterable
+from typing import Any
+
+import pytest
+from sse_starlette.sse import SendTimeoutError
+
+from llmboost.entries import ChoiceDelta, Delta, Entry, Started, StreamError, Terminal, Usage
+from llmboost.settings import ApiSettings
+from llmboost.streams import SEAL_ID
+from llmboost_api.protocol.chat import ChatShape
+from llmboost_api.sse import Framer, event_source
+
+
+def framer(**fields: Any) -> Framer:
+    defaults: dict[str, Any] = {"jobs": 1, "n": 1, "event_ids": True, "usage": False}
+    shape = ChatShape("chatcmpl-1", 1, "m", logprobs=False, usage_null=False)
+    return Framer(shape, **{**defaults, **fields})
+
+
+def texts(*words: str) -> Iterable[tuple[str, Entry]]:
+    for n, word in enumerate(words):
+        yield f"1-{n + 1}", Delta([ChoiceDelta(0, n, [n], word)])
+
+
+def test_what_came_together_is_one_write() -> None:
+    """Tokens that wait together leave in one write, each in its own frame with its own cursor."""
+    made = framer()
+    written = made.frames((0, [("1-0", Started("w")), *texts("a", "b", "c")]))
+    events = written.decode().removesuffix("\n\n").split("\n\n")
+    assert [event.split("\n")[0] for event in events] == ["id: 1-1", "id: 1-2", "id: 1-3"]
+    chunks = [json.loads(event.split("\n")[1].removeprefix("data: ")) for event in events]
+    assert [chunk["choices"][0]["delta"]["content"] for chunk in chunks] == ["a", "b", "c"]
+    assert not made.ended
+
+
+def test_entries_that_show_nothing_write_nothing() -> None:
+    assert framer().frames((0, [("1-0", Started("w")), *texts("")])) == b""
+
+
+def test_a_takeover_is_invisible() -> None:
+    """A second attempt goes on where the first one stopped, in the same stream of chunks."""
+    made = framer()
+    made.frames((0, list(texts("a"))))
+    written = made.frames((0, [("2-0", Started("w")), ("2-1", Delta([ChoiceDelta(0, 1, [1], "b")]))]))
+    assert written.startswith(b"id: 2-1\ndata: ")
+    assert b'"delta":{"content":"b"}' in written
+
+
+def test_done_comes_with_the_last_entry() -> None:
+    made = framer()
+    written = made.frames((0, [*texts("a"), (SEAL_ID, Terminal("w", Usage(1, 1)))]))
+    assert written.endswith(f"id: {SEAL_ID}\ndata: [DONE]\n\n".encode())
+    assert made.ended
+
+
+def test_nothing_is_done_after_an_error() -> None:
+    made = framer()
+    written = made.frames((0, [*texts("a"), (SEAL_ID, Terminal("w", error=StreamError("no")))]))
+    assert b"[DONE]" not in written
+    assert made.ended
+
+
+def test_several_jobs_are_done_together() -> None:
+    """One [DONE], one usage that adds up, and no cursors, for they belong to different streams."""
+    made = framer(jobs=2, usage=True)
+    first = made.frames((1, [*texts("a"), (SEAL_ID, Terminal("w", Usage(1, 2, 1)))]))
+    assert b'"index":1' in first
+    assert not made.ended
+    second = made.frames((0, [(SEAL_ID, Terminal("w", Usage(3, 4)))]))
+    assert b"[DONE]" not in first
+    assert b"id: " not in first + second
+    assert json.loads(second.split(b"\n\n")[0].removeprefix(b"data: "))["usage"] == {
+        "prompt_tokens": 4,
+        "completion_tokens": 6,
+        "total_tokens": 10,
+        "prompt_tokens_details": {"cached_tokens": 1},
+    }
+
+
+async def never() -> dict[str, Any]:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def test_each_step_is_one_body_message() -> None:
+    """What the framer made leaves as it is, in one message to the server."""
+    sent: list[dict[str, Any]] = []
+
+    async def frames() -> AsyncIterator[bytes]:
+        yield b"data: 1\n\ndata: 2\n\n"
+        yield b"data: 3\n\n"
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST"}
+    await event_source(frames(), ApiSettings(ping_interval=0))(scope, never, send)
+    bodies = [message["body"] for message in sent if message["type"] == "http.response.body"]
+    assert bodies == [b"data: 1\n\ndata: 2\n\n", b"data: 3\n\n", b""]
+
+
+async def test_a_client_that_reads_nothing_is_dropped() -> None:
+    """`send_timeout` ends the response and closes its source."""
+    closed = False
+
+    async def frames() -> AsyncIterator[bytes]:
+        nonlocal closed
+        try:
+            while True:
+                yield b"data: 1\n\n"
+        finally:
+            closed = True
+
+    async def send(message: Any) -> None:
+        if message["type"] == "http.response.body":
+            await never()
+
+    scope = {"type": "http", "method": "POST"}
+    with pytest.raises(SendTimeoutError):
+        await event_source(frames(), ApiSettings(ping_interval=0, send_timeout=0.01))(scope, never, send)
+    assert closed
