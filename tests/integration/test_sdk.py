@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from arq.connections import ArqRedis
 
-from llmboost import FormattedPrompt, LLMBoost, LLMBoostError
+from llmboost import FormattedPrompt, LLMBoost, LLMBoostError, keys
 from llmboost.connection import connect
 from llmboost.entries import ChoiceDelta, Delta
 from llmboost.jobs import GenerationJob, Prompt
@@ -233,6 +233,28 @@ def test_a_failed_input_holds_nobody_up(
     assert "It is too long." in caplog.text
 
 
+def test_more_inputs_than_the_queue_should_hold(
+    worker: ScriptedWorker, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait their turn in the SDK; all are answered."""
+    monkeypatch.setattr("llmboost.sdk.session.MOST_IN_FLIGHT", 3)
+    unsealed: list[int] = []
+
+    async def count() -> None:
+        unsealed.append(await worker.redis.zcard(keys.OPEN))
+
+    def script(job: GenerationJob) -> Iterable[Step]:
+        yield count()
+        yield from says(WORDS)
+        yield ends()
+
+    worker.script = script
+    with LLMBoost(MODEL, redis_url=redis_url) as llm:
+        llm.issues_inputs(["a"] * 20)
+        assert read_all(llm, 20) == dict.fromkeys(range(20), STORY)
+    assert 0 < max(unsealed) <= 3
+
+
 def test_nothing_wrong_is_issued(llm: LLMBoost, worker: ScriptedWorker) -> None:
     """If one input of a call is refused, none of the call is sent; ids are not used up."""
     with pytest.raises(ValueError, match="input 1"):
@@ -388,6 +410,25 @@ def test_a_dropped_object_frees_everything(worker: ScriptedWorker, redis_url: st
     gc.collect()
     wait_until(lambda: not our_threads())
     wait_until(lambda: not clients(redis_url))
+
+
+def test_a_program_that_forgets_to_stop_cancels_at_its_end(worker: ScriptedWorker, redis_url: str) -> None:
+    """On a running system too: its worker need not wait for the audience to lapse."""
+    go_on = threading.Event()
+    worker.script = lambda job: [says(WORDS)[0], held(go_on), *says(WORDS)[1:], ends()]
+    text = f"""
+        from llmboost import LLMBoost
+        llm = LLMBoost({MODEL!r}, streaming=True)
+        llm.start()
+        llm.issues_inputs("a")
+        print(llm.get_output()[0]["val"])
+        """
+    with program(text, LLMBOOST_REDIS_URL=redis_url) as command:
+        assert command.wait() == 0
+        assert command.out == [WORDS[0]]
+    go_on.set()
+    wait_until(lambda: worker.finished == 1)
+    assert len(worker.stopped) == 1
 
 
 def test_a_model_that_nobody_serves(worker: ScriptedWorker, redis_url: str) -> None:
