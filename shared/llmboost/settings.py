@@ -79,7 +79,7 @@ class ApiSettings(CommonSettings):
         (), description="Keys that clients must send as `Authorization: Bearer KEY`; none: no check."
     )
     request_timeout: PositiveFloat = Field(
-        600.0, description="Seconds after which a request that is not answered ends in an error."
+        3600.0, description="Seconds after which a request that is not answered ends in an error."
     )
     max_queued: NonNegativeInt = Field(
         2048, description="Waiting requests per model beyond which new ones get 429; 0: no limit."
