@@ -8,7 +8,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -59,7 +60,7 @@ class Command:
         for reader in self._readers:
             reader.start()
 
-    def _read(self, source: "Sequence[str]", lines: list[str]) -> None:
+    def _read(self, source: Iterable[str], lines: list[str]) -> None:
         for line in source:
             lines.append(line.rstrip("\n"))
             self._news.put(None)
@@ -79,10 +80,10 @@ class Command:
                 return lines[count - 1]
             if not any(reader.is_alive() for reader in self._readers):
                 raise AssertionError(f"ended without {part!r}:\n{self.log}")
-            try:
-                self._news.get(timeout=max(0.0, deadline - time.monotonic()))
-            except queue.Empty:
-                raise AssertionError(f"no {part!r} within {within} s:\n{self.log}") from None
+            if time.monotonic() > deadline:
+                raise AssertionError(f"no {part!r} within {within} s:\n{self.log}")
+            with suppress(queue.Empty):
+                self._news.get(timeout=0.2)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)

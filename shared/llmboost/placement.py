@@ -1,10 +1,13 @@
 """What part of this machine each worker of `serve` gets: CPU threads and GPUs."""
 
+import math
 import os
 import shutil
 import subprocess
 from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 from llmboost.settings import ServeSettings
 
@@ -39,13 +42,14 @@ def placements(settings: ServeSettings) -> list[dict[str, str]]:
 
 
 def cores() -> int:
-    """CPU cores that this process may use: its affinity and its cgroup's quota."""
+    """Cores worth a thread each: physical ones, of those that affinity and cgroup leave this process."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(count, psutil.cpu_count(logical=False) or count)
     with suppress(OSError, ValueError):
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         if quota != "max":
-            count = min(count, max(1, int(quota) // int(period)))
-    return count
+            count = min(count, math.ceil(int(quota) / int(period)))
+    return max(1, count)
 
 
 def gpus() -> list[str]:

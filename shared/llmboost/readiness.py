@@ -1,6 +1,14 @@
-"""Whether workers and pods are ready, as seen from outside: by the registry and by HTTP."""
+"""Whether workers and pods are ready, as seen from outside: by the registry and by HTTP.
 
+`python -m llmboost.readiness` is a worker's health check: 0 if a worker of this host serves. A worker has
+no port to ask, but says in the registry that it serves, for as long as its heart beats.
+"""
+
+import asyncio
 import http.client
+import os
+import socket
+import sys
 from contextlib import suppress
 
 from redis.exceptions import RedisError
@@ -33,3 +41,18 @@ def answers(host: str, port: int, path: str) -> bool:
         return False
     finally:
         connection.close()
+
+
+async def _serves_here() -> bool:
+    url = os.environ.get("LLMBOOST_REDIS_URL")
+    if not url:
+        sys.exit("LLMBOOST_REDIS_URL is not set")
+    # A worker's id begins with the name of its host, which for a container is its own.
+    return any(card.worker.startswith(f"{socket.gethostname()}-") for card in await live_workers(url))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(0 if asyncio.run(_serves_here()) else "no worker of this host serves")
+    except (RedisError, OSError, ValueError) as error:
+        sys.exit(f"Redis: {error}")

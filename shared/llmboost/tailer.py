@@ -5,8 +5,10 @@ appends to the wake stream, so the blocked XREAD returns and the next one includ
 UNBLOCK would need no key, but it is lost if it overtakes the XREAD that it means to end, it needs the
 connection's id, which changes at every reconnect, and hosted servers often refuse it.)
 
-One XREAD at a time is enough: it costs the server well under a microsecond per stream, and what it costs
-here is bounded by `_pace`.
+One connection is enough: while one reply is handed out, every stream that has something waits for the
+next XREAD, so the busier the process is, the more tokens each one brings. More connections would split
+them. With 300 streams it costs 0.3 to 0.55 of the CPU per token of a connection each
+(`benchmarks/tailer.py`), and pacing the XREADs gained nothing measurable.
 
 Each subscription has its own cursor and a bounded `Inbox`. A reader that falls behind leaves the XREAD
 with its cursor and joins again when it has caught up: what it has not read waits in Redis, not here.

@@ -350,6 +350,17 @@ async def test_the_audience_is_renewed_while_somebody_reads_and_lapses_after(
     await log.seal()
 
 
+async def test_a_reader_has_an_audience_from_the_start(
+    streams: TokenStreams, queue: JobQueue, redis_url: str
+) -> None:
+    """The promise does not wait for the next round of renewals: a resumed stream may have none left."""
+    log = await Log(queue, "test-audience").open(audience=0.001)
+    await wait_until(lambda: lapsed(streams, log.id))
+    async with Tailer(streams, redis_url=redis_url, grace=300.0) as tail, tail.tail(log.id):
+        await wait_until(promised_again(streams, log.id))
+    await log.seal()
+
+
 async def lapsed(streams: TokenStreams, job_id: str) -> bool:
     return (await streams.audience([job_id]))[0] < 0
 

@@ -1,0 +1,56 @@
+# Everything works from a fresh clone: `make serve`, `make test`. Needs Python 3.11 or later with its venv
+# module, and a package index. An own interpreter: make venv PYTHON=python3.12
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+# Test processes at a time. Most tests wait for processes of their own; more would only make these slow.
+JOBS ?= 2
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help venv serve test check format docs demo-model clean
+
+help:  ## This list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
+
+venv: $(READY)  ## Set up .venv with the pinned packages, if it is not up to date
+
+# The stamp is written last, so a set-up that was interrupted starts over. A venv whose interpreter has
+# gone (an upgraded system Python) is made anew.
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { \
+	  echo "make: there is no $(PYTHON): install Python 3.11 or later, or name one: make venv PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1): 3.11 or later is needed; name one: make venv PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: $(PYTHON) has no venv module; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	@$(BIN)/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[worker,dev]'
+	@touch $@
+
+serve: venv  ## Serve the demo model on port 8011; another: make serve ARGS="MODEL --port 9000"
+	@exec $(BIN)/llmboost serve $(ARGS)
+
+test: venv  ## Run the tests; some of them: make test ARGS="-k name"
+	@exec $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+
+check: venv  ## Lint, formatting and types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: venv  ## Put the sources into their format
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+docs: venv  ## Write docs/settings.md from the settings
+	@$(BIN)/python -m llmboost.cli.reference > docs/settings.md
+
+demo-model: venv  ## Train the demo model (under an hour on two cores)
+	@exec $(BIN)/python -m demo.train $(ARGS)
+
+clean:  ## Remove .venv and all caches
+	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
