@@ -13,8 +13,8 @@ from typing import Any
 from tests.commands import ROOT
 
 NEAR_TIE = 1e-4
-"""Distance of the two best logits below which float32's rounding, which depends on the shape of the batch, may
-decide between them."""
+"""Distance of the two best logits below which float32's rounding may decide between them; it depends on the
+shape of the batch."""
 
 
 @dataclass

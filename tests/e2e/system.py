@@ -16,7 +16,7 @@ SEED_NAME = "meta-llama/Llama-3.1-8B-Instruct"
 """The name in the documentation's examples."""
 
 ONE_THREAD = ("--threads", "1")
-"""Several busy workers on few cores: with more threads each, they would wait for one another at every step."""
+"""Several busy workers on few cores: more threads each would wait for one another at every step."""
 
 RUNNING: dict[str, Command] = {}
 """Every process of every system now, for the report of a failing test."""
@@ -67,6 +67,13 @@ class System:
 
     def await_worker(self, name: str) -> None:
         self.parts[name].wait_for_line(": serving ", among="err")
+
+    def stop(self, name: str) -> None:
+        """Asks a process to end and waits until it has."""
+        RUNNING.pop(f"{id(self)} {name}", None)
+        command = self.parts.pop(name)
+        command.process.terminate()
+        command.wait()
 
     # Looking on
 

@@ -74,7 +74,7 @@ async def test_openai_example(system: System, streams: TokenStreams, tmp_path: P
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 async def test_curl_example(system: System, streams: TokenStreams, tmp_path: Path) -> None:
-    """curl prints the stream in the documented form: same objects, same fields in them, `[DONE]` at the end."""
+    """curl prints the stream in the documented form: the same objects and fields, `[DONE]` at the end."""
     async with Streams(streams) as made:
         printed = await run("sh", str(example("curl.sh", tmp_path, system)))
         written = await made.text()

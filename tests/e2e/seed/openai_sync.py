@@ -1,16 +1,19 @@
 from openai import OpenAI
 
-client = OpenAI(base_url="http://localhost:8011/v1", api_key="-")
+client = OpenAI(
+    base_url="http://localhost:8011/v1",
+    api_key="-"
+)
 
 # Enable streaming with stream=True
 response = client.chat.completions.create(
     model="meta-llama/Llama-3.1-8B-Instruct",
     messages=[
         {"role": "system", "content": "You are a helpful assistant."},
-        {"role": "user", "content": "Write a short story about AI, in 100 words."},
+        {"role": "user", "content": "Write a short story about AI, in 100 words."}
     ],
-    stream=True,  # Enable streaming
-    max_tokens=1024,
+    stream=True, # Enable streaming
+    max_tokens=1024
 )
 
 # Process tokens as they arrive
@@ -18,4 +21,4 @@ for chunk in response:
     if chunk.choices:
         print(chunk.choices[0].delta.content, end="", flush=True)
 
-print()  # New line at end
+print() # New line at end

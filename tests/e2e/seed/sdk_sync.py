@@ -4,10 +4,10 @@ if __name__ == "__main__":
     # Enable streaming in initialization
     llm = LLMBoost(
         model_name="meta-llama/Llama-3.1-8B-Instruct",
-        streaming=True,  # Enable streaming
+        streaming=True, # Enable streaming
         tp=1,
         dp=1,
-        max_tokens=1024,
+        max_tokens=1024
     )
 
     llm.start()
@@ -15,7 +15,7 @@ if __name__ == "__main__":
     # Submit prompt
     messages = [
         {"role": "system", "content": "You are a helpful assistant."},
-        {"role": "user", "content": "Write a short story about AI, in 100 words."},
+        {"role": "user", "content": "Write a short story about AI, in 100 words."}
     ]
     prompt = llm.apply_format(messages)
     llm.issues_inputs(prompt)
@@ -25,11 +25,11 @@ if __name__ == "__main__":
     while not resp_finish:
         outputs = llm.get_output()
         for output in outputs:
-            print(output["val"], end="", flush=True)
-            if output["finished"]:
+            print(output['val'], end="", flush=True)
+            if output['finished']:
                 resp_finish = True
                 break
 
-    print()  # New line
+    print() # New line
 
     llm.stop()
