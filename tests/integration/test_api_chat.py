@@ -11,6 +11,7 @@ from arq.connections import ArqRedis
 
 from llmboost.entries import ChoiceDelta, Delta, TokenLogprob
 from llmboost.jobs import GenerationJob
+from llmboost.settings import ApiSettings
 from llmboost.streams import SEAL_ID, TokenStreams
 from llmboost_api import sse
 
@@ -242,7 +243,7 @@ async def test_job_says_what_was_asked(pod: RunningPod, worker: ScriptedWorker) 
     assert sampling.include_stop_str_in_output
     assert sampling.top_logprobs is None
     assert sampling.seed != other.sampling.seed
-    assert 599 < job.deadline - job.created < 601
+    assert job.deadline - job.created == pytest.approx(ApiSettings().request_timeout, abs=0.01)
 
 
 # Official clients

