@@ -203,7 +203,7 @@ class Processes:
             name,
             # -P: a file in the user's folder must not stand in for a module of ours.
             [sys.executable, "-P", "-m", "llmboost", command],
-            env={**os.environ, "PYTHONUNBUFFERED": "1", **settings, **environment},
+            env={**_compiler_cache(), **os.environ, "PYTHONUNBUFFERED": "1", **settings, **environment},
             log=self._log,
             on_exit=self._look,
         )
@@ -310,9 +310,9 @@ class _Kept:
                 reason = f"{self.child.name} {how}"
                 if self._deaths > 1:
                     reason += f", {self._deaths} times in a row"
-                last = self.child.tail.strip().rpartition("\n")[2].strip()
-                if code >= 0 and last:  # whom a signal ended had no last words
-                    reason += f": {last}"
+                last_words = _last_words(self.child.tail)
+                if code >= 0 and last_words:  # whom a signal ended had none
+                    reason += f": {last_words}"
                 raise ProcessesError(reason, self.child.tail)
             pause = 0.0 if self._deaths == 1 else min(2.0 ** (self._deaths - 2), _LONGEST_PAUSE_S)
             say(f"{self.child.name} {how}; restarting it" + (f" in {pause:g} s" if pause else ""))
@@ -327,3 +327,22 @@ def _signal_name(number: int) -> str:
     with suppress(ValueError):
         return signal.Signals(number).name + hint
     return f"signal {number}"
+
+
+def _last_words(log: str) -> str:
+    """Why a process of ours ended: its own message, which may have several lines, or the last line."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    begins = [index for index, line in enumerate(lines) if line.startswith("llmboost ")] or [-1]
+    return " ".join(lines[begins[-1] :])
+
+
+def _compiler_cache() -> dict[str, str]:
+    """Where torch may keep what it compiles. By itself it leaves a folder among the temporary files,
+    even if it compiles nothing."""
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folder = os.path.join(home, "llmboost", "torchinductor")
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return {}
+    return {"TORCHINDUCTOR_CACHE_DIR": folder}

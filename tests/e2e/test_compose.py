@@ -39,9 +39,13 @@ def load(name: str) -> dict[str, Any]:
     return loaded
 
 
+DOTENV = {"LLMBOOST_THREADS": "1"}
+"""As if it stood in `.env`: several workers on a small machine."""
+
+
 def interpolate(text: str) -> str:
-    """`${NAME:-default}`, with no `.env` there."""
-    return re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", text)
+    """`${NAME:-default}`."""
+    return re.sub(r"\$\{(\w+):-([^}]*)\}", lambda match: DOTENV.get(match[1], match[2]), text)
 
 
 class Rehearsal:

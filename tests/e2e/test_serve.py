@@ -15,6 +15,9 @@ pytestmark = pytest.mark.timeout(600)
 LOADING_S = 240.0
 """A worker imports torch and loads the model; on a busy machine that takes its time."""
 
+ENV = {"LLMBOOST_THREADS": "1"}
+"""Threads of one process wait for each other; with more of them than idle cores they wait long."""
+
 
 def paste(command: Command) -> list[dict[str, object]]:
     """Runs the line that `serve` prints as a shell would; returns the chunks of a stream that ended well."""
@@ -37,7 +40,7 @@ def story(chunks: list[dict[str, object]]) -> str:
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
 def test_a_session(tmp_path: Path) -> None:
     """It starts, answers the line it prints, outlives its worker, and leaves nothing behind at Ctrl-C."""
-    with llmboost("serve", "--port", "0", env={"TMPDIR": str(tmp_path)}) as command:
+    with llmboost("serve", "--port", "0", env={**ENV, "TMPDIR": str(tmp_path)}) as command:
         chunks = paste(command)
         assert len(story(chunks).split()) > 10
         assert {chunk["model"] for chunk in chunks} == {"llmboost-demo"}
@@ -58,7 +61,7 @@ def test_a_session(tmp_path: Path) -> None:
 
 def test_killed_while_a_stream_runs(tmp_path: Path) -> None:
     """kill -9 of the supervisor: no process, no folder, no port is left."""
-    with llmboost("serve", "--port", "0", "--dp", "2", env={"TMPDIR": str(tmp_path)}) as command:
+    with llmboost("serve", "--port", "0", "--dp", "2", env={**ENV, "TMPDIR": str(tmp_path)}) as command:
         url = command.wait_for_line(" is served at ", within=LOADING_S).rpartition(" ")[2]
         body = {
             "model": "llmboost-demo",
@@ -87,7 +90,7 @@ def test_killed_while_a_stream_runs(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_model_ends_with_the_reason(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    with llmboost("serve", "./empty", "--port", "0", cwd=tmp_path) as command:
+    with llmboost("serve", "./empty", "--port", "0", cwd=tmp_path, env=ENV) as command:
         assert command.wait(within=LOADING_S) == 1
         assert command.out == []
         assert "worker-0 exited with code 78: llmboost worker:" in command.err[-1]
