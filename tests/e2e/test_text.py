@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,9 +26,7 @@ def script(system: System, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 def says(number: int, **fields: Any) -> dict[str, Any]:
     """A request that is answered by `TEXTS[number]`."""
-    return completion(
-        prompt_for(number), **{"model": SCRIPT, "max_tokens": 200, "temperature": 0, **fields}
-    )
+    return completion(prompt_for(number), **{"model": SCRIPT, "max_tokens": 200, "temperature": 0, **fields})
 
 
 async def test_characters_arrive_whole(script: System) -> None:
