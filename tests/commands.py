@@ -42,6 +42,7 @@ class Command:
             stderr=subprocess.PIPE,
             text=True,
             cwd=cwd,
+            start_new_session=True,  # a group to kill: not everything keeps its environment readable
             env={
                 **inherited,
                 "PYTHONPATH": os.pathsep.join([*map(str, path), *_SOURCES]),
@@ -120,8 +121,8 @@ class Command:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for process in self.family():
             process.kill()
@@ -143,10 +144,12 @@ def llmboost(
     return Command(command, env=env, cwd=cwd, path=[STANDINS] if standins else [])
 
 
-def wait_until(condition: Callable[[], object], *, within: float = 20.0, what: str = "") -> None:
+def wait_until(
+    condition: Callable[[], object], *, within: float = 20.0, every: float = 0.01, what: str = ""
+) -> None:
     """Polls until `condition()` is true, from code that isn't async."""
     deadline = time.monotonic() + within
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"not true within {within} s: {what or condition}")
-        time.sleep(0.01)
+        time.sleep(every)

@@ -79,7 +79,7 @@ class ApiSettings(CommonSettings):
         (), description="Keys that clients must send as `Authorization: Bearer KEY`; none: no check."
     )
     request_timeout: PositiveFloat = Field(
-        600.0, description="Seconds after which a request that is not answered ends in an error."
+        3600.0, description="Seconds after which a request that is not answered ends in an error."
     )
     max_queued: NonNegativeInt = Field(
         2048, description="Waiting requests per model beyond which new ones get 429; 0: no limit."
@@ -115,8 +115,7 @@ class WorkerSettings(CommonSettings):
     model: str = Field(DEMO_MODEL, description="Hub name or local folder of the model.")
     served_model_name: Names = Field(
         (),
-        description="Names that clients may use instead of the model's own, separated by commas; "
-        "the first one appears in responses.",
+        description="Names by which clients ask for the model, instead of its own; separated by commas.",
     )
     engine: Literal["transformers"] = Field("transformers", description="What runs the model.")
     revision: str | None = Field(None, description="Branch, tag or commit of a model from the hub.")

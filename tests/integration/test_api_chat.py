@@ -1,6 +1,7 @@
 """POST /v1/chat/completions: the protocol, as official clients and raw readers see it."""
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Iterable
 
@@ -47,7 +48,7 @@ async def pod(redis_url: str, worker: ScriptedWorker) -> AsyncIterator[RunningPo
 
 
 async def test_stream_is_written_as_documented(pod: RunningPod, worker: ScriptedWorker) -> None:
-    """Chunks are the documented ones: role and first text together, an empty delta at the end, [DONE]."""
+    """Chunks are the documented ones: role and first text together, an empty one at the end, [DONE]."""
     frames = await pod.stream("/v1/chat/completions", chat(stream=True))
     assert frames[-1].data == "[DONE]"
     chunks = [frame.json for frame in frames[:-1]]
@@ -59,7 +60,7 @@ async def test_stream_is_written_as_documented(pod: RunningPod, worker: Scripted
     assert [chunk["choices"] for chunk in chunks] == [
         [{"index": 0, "delta": {"role": "assistant", "content": "Once"}, "finish_reason": None}],
         *[[{"index": 0, "delta": {"content": word}, "finish_reason": None}] for word in WORDS[1:]],
-        [{"index": 0, "delta": {}, "finish_reason": "stop"}],
+        [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}],
     ]
     # The last word and the reason came in one entry: its cursor goes with the last of its frames.
     assert [frame.id for frame in frames] == ["1-1", "1-2", "1-3", "1-4", None, "1-5", SEAL_ID]
@@ -77,9 +78,9 @@ async def test_every_choice_begins_with_its_role(pod: RunningPod, worker: Script
         [{"index": 0, "delta": {"role": "assistant", "content": "a"}, "finish_reason": None}],
         [{"index": 1, "delta": {"role": "assistant", "content": "x"}, "finish_reason": None}],
         [{"index": 1, "delta": {"content": "y"}, "finish_reason": None}],
-        [{"index": 1, "delta": {}, "finish_reason": "stop"}],
+        [{"index": 1, "delta": {"content": ""}, "finish_reason": "stop"}],
         [{"index": 0, "delta": {"content": "b"}, "finish_reason": None}],
-        [{"index": 0, "delta": {}, "finish_reason": "length"}],
+        [{"index": 0, "delta": {"content": ""}, "finish_reason": "length"}],
     ]
 
 
@@ -88,7 +89,7 @@ async def test_an_answer_without_text_still_has_a_role(pod: RunningPod, worker: 
     frames = await pod.stream("/v1/chat/completions", chat(stream=True))
     assert [frame.json["choices"][0]["delta"] for frame in frames[:-1]] == [
         {"role": "assistant", "content": ""},
-        {},
+        {"content": ""},
     ]
 
 
@@ -132,7 +133,7 @@ async def test_text_travels_unharmed(pod: RunningPod, worker: ScriptedWorker) ->
     worker.script = lambda job: [*says(texts), ends(6)]
     frames = await pod.stream("/v1/chat/completions", chat(stream=True))
     got = [frame.json["choices"][0]["delta"].get("content") for frame in frames[:-1]]
-    assert got == [*texts, None]
+    assert got == [*texts, ""]
 
 
 async def test_tokens_without_text_make_no_chunk(pod: RunningPod, worker: ScriptedWorker) -> None:
@@ -141,7 +142,7 @@ async def test_tokens_without_text_make_no_chunk(pod: RunningPod, worker: Script
     worker.script = lambda job: [*says(["h", "", "", "😀!"], logprobs=logprobs), ends(4)]
     frames = await pod.stream("/v1/chat/completions", chat(stream=True, logprobs=True))
     choices = [frame.json["choices"][0] for frame in frames[:-1]]
-    assert [choice["delta"].get("content") for choice in choices] == ["h", "😀!", None]
+    assert [choice["delta"].get("content") for choice in choices] == ["h", "😀!", ""]
     assert [
         choice["logprobs"] and [token["token"] for token in choice["logprobs"]["content"]]
         for choice in choices
@@ -154,7 +155,7 @@ async def test_logprobs_of_hidden_last_tokens_are_not_lost(pod: RunningPod, work
     worker.script = lambda job: [*says(["a", "", ""], logprobs=logprobs), ends(3)]
     frames = await pod.stream("/v1/chat/completions", chat(stream=True, logprobs=True))
     last = frames[-2].json["choices"][0]
-    assert (last["delta"], last["finish_reason"]) == ({}, "stop")
+    assert (last["delta"], last["finish_reason"]) == ({"content": ""}, "stop")
     assert [token["token"] for token in last["logprobs"]["content"]] == ["b", "c"]
 
 
@@ -250,7 +251,7 @@ async def test_job_says_what_was_asked(pod: RunningPod, worker: ScriptedWorker) 
 async def test_official_async_client(pod: RunningPod, worker: ScriptedWorker) -> None:
     stream = await pod.openai.chat.completions.create(**chat(stream=True, max_tokens=1024))
     chunks = [chunk async for chunk in stream]
-    assert [chunk.choices[0].delta.content for chunk in chunks] == [*WORDS, None]
+    assert [chunk.choices[0].delta.content for chunk in chunks] == [*WORDS, ""]
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * len(WORDS) + ["stop"]
     whole = await pod.openai.chat.completions.create(**chat())
     assert whole.choices[0].message.content == "".join(WORDS)
@@ -267,7 +268,7 @@ async def test_official_sync_client(pod: RunningPod, worker: ScriptedWorker) -> 
                 if chunk.choices
             ]
 
-    assert await asyncio.to_thread(texts) == [*WORDS, None]
+    assert await asyncio.to_thread(texts) == [*WORDS, ""]
 
 
 async def test_official_client_endures_pings(
@@ -296,7 +297,7 @@ async def test_official_client_endures_pings(
     monkeypatch.setattr(sse, "ping", counted_ping)
     async with serving(settings_for(redis_url, ping_interval=0.05, headers_after=0)) as pod:
         stream = await pod.openai.chat.completions.create(**chat(stream=True))
-        assert [chunk.choices[0].delta.content async for chunk in stream] == [*WORDS, None]
+        assert [chunk.choices[0].delta.content async for chunk in stream] == [*WORDS, ""]
         response = await pod.http.post("/v1/chat/completions", json=chat(stream=True))
     assert response.text.count(": ping\n") >= 2 * len(WORDS)
     assert ": ping\n\n" not in response.text
@@ -408,8 +409,9 @@ async def test_a_stream_is_left_and_not_sealed(pod: RunningPod, worker: Scripted
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_waiting_for_the_first_token_ends_with_the_client(
-    pod: RunningPod, worker: ScriptedWorker, stream: bool
+    pod: RunningPod, worker: ScriptedWorker, stream: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The same before anything was sent; and that is no error of the server's."""
     left = asyncio.Event()
     worker.script = lambda job: [left.wait(), *says(["Once"]), ends(1)]
     asking = asyncio.create_task(pod.http.post("/v1/chat/completions", json=chat(stream=stream)))
@@ -419,6 +421,7 @@ async def test_waiting_for_the_first_token_ends_with_the_client(
     left.set()
     await wait_until(lambda: worker.finished == 1)
     assert not worker.stopped
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
 async def test_the_audience_lapses_with_the_last_reader(

@@ -16,6 +16,7 @@ from llmboost_api import directory, generation
 from llmboost_api.auth import fingerprint
 from llmboost_api.routes import models
 
+from ..waiting import wait_until
 from .api_pod import MODEL, RunningPod, ScriptedWorker, chat, serving, settings_for, working
 
 
@@ -105,6 +106,21 @@ async def test_bodies_that_are_too_large(redis_url: str, worker: ScriptedWorker)
         exact = json.dumps(chat(user="x" * (10_000 - len(exact)))).encode()
         assert len(exact) == 10_000
         assert (await pod.http.post("/v1/chat/completions", content=exact)).status_code == 200
+
+
+async def test_a_client_that_leaves_while_it_sends(
+    pod: RunningPod, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half a body and a closed connection: no job, no error in the log."""
+    with caplog.at_level(logging.DEBUG, "llmboost_api"):
+        _, writer = await asyncio.open_connection("127.0.0.1", pod.server.port)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+        await writer.drain()
+        await wait_until(lambda: pod.server.server_state.tasks)
+        writer.close()
+        await wait_until(lambda: "client left" in caplog.text)
+    assert not worker.jobs
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_unknown_places(pod: RunningPod) -> None:

@@ -298,6 +298,16 @@ async def test_a_prompt_that_cannot_be_encoded_fails_alone(
     assert (await ended(streams, good)).error is None
 
 
+async def test_a_bias_outside_the_vocabulary_is_the_clients_error(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams
+) -> None:
+    await start_worker()
+    job = await submit(queue, logit_bias={10**6: 1.0})
+    error = (await ended(streams, job)).error
+    assert error is not None
+    assert (error.status, error.param) == (400, "logit_bias")
+
+
 async def test_a_sequence_that_fails_in_the_engine_ends_its_request_alone(
     start_worker: StartWorker, queue: JobQueue, streams: TokenStreams
 ) -> None:

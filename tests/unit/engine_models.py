@@ -1,7 +1,8 @@
 """Small random models for the engine's tests, saved as folders, and what drives an engine in a test."""
 
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,9 +83,9 @@ def save_model(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Path:
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
-    """Token ids without special ones."""
+    """Token ids, without special ones and without the vocabulary's last."""
     generator = torch.Generator().manual_seed(1000 * seed + length)
-    return torch.randint(3, VOCAB, (length,), generator=generator).tolist()
+    return torch.randint(3, VOCAB - 1, (length,), generator=generator).tolist()
 
 
 def request(
@@ -144,9 +145,16 @@ class Driver:
             self.failures.append(error)
             self.changed.notify_all()
 
-    def wait(self, condition: Any) -> None:
+    def wait(self, condition: Callable[[], Any]) -> None:
         with self.changed:
             assert self.changed.wait_for(condition, TIMEOUT), "timed out"
+
+    def wait_until(self, condition: Callable[[], bool]) -> None:
+        """For what no output announces."""
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
+            assert time.monotonic() < deadline, "timed out"
+            time.sleep(0.001)
 
     def tokens(self, id: str) -> list[int]:
         return self.sequences[id].token_ids if id in self.sequences else []

@@ -4,6 +4,7 @@ import shlex
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from llmboost.cli import commands, serve
 from llmboost.settings import ServeSettings, WorkerSettings, variable
+from tests.commands import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +134,11 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)
+
+
+def test_both_names_of_the_command() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"llmboost": "llmboost.cli:main", "lbh": "llmboost.cli:main"}
 
 
 def test_python_m_llmboost() -> None:

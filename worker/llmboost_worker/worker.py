@@ -191,6 +191,11 @@ def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
     """The engine that the settings name, not yet started, and the model's tokenizer."""
     from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
 
+    if settings.tp > 1:
+        raise EngineError(
+            f"--tp is {settings.tp}, but the {settings.engine} engine runs a model on one device: "
+            "use --tp 1, and --dp for more workers"
+        )
     model = locate(settings.model)
     tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
     engine = TransformersEngine(

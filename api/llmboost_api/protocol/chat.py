@@ -206,7 +206,8 @@ class ChatShape:
     def finish(self, index: int, reason: str, logprobs: Sequence[TokenLogprob]) -> bytes:
         middle = b',"logprobs":' + _logprobs_json(logprobs) if self._logprobs else b""
         reason_json = encode_json(reason)
-        return b'%b%d,"delta":{}%b,"finish_reason":%b}%b' % (
+        # Empty, but not absent: clients print `delta.content` as it is, and would print None at the end.
+        return b'%b%d,"delta":{"content":""}%b,"finish_reason":%b}%b' % (
             self._start,
             index,
             middle,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers.attention import Probe, attending
+from llmboost_worker.engine.transformers.attention import LayerCall, Probe, attending
 from llmboost_worker.engine.transformers.cache import LayerShape
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}
@@ -44,24 +44,31 @@ def probe(model: Any, config: Any) -> list[LayerShape]:
     """What each layer stores per token, found by a forward of one token.
 
     Raises:
-        EngineError: some layer doesn't attend exactly once, or has a window other than the configuration's,
-        so
-            that it counts on a mask.
+        EngineError: as `check_calls`, or a layer asks its attention for something that it doesn't do.
     """
-    name, recorder = config.model_type, Probe()
-    with attending(recorder):
-        one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        model(input_ids=one, position_ids=one, use_cache=False)
-    calls = sorted(recorder.calls, key=lambda call: call.layer)
-    if [call.layer for call in calls] != list(range(config.num_hidden_layers)):
-        raise refusal(
-            name, f"of its {config.num_hidden_layers} layers, these attend: {[c.layer for c in calls]}"
-        )
+    recorder = Probe()
+    one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+    try:
+        with attending(recorder):
+            model(input_ids=one, position_ids=one, use_cache=False)
+    except NotImplementedError as error:
+        raise refusal(config.model_type, str(error)) from error
+    return check_calls(config, recorder.calls)
+
+
+def check_calls(config: Any, calls: list[LayerCall]) -> list[LayerShape]:
+    """
+    Raises:
+        EngineError: some layer doesn't attend exactly once, or has a window other than the
+            configuration's, so that it counts on a mask.
+    """
+    name, calls = config.model_type, sorted(calls, key=lambda call: call.layer)
+    layers = [call.layer for call in calls]
+    if layers != list(range(config.num_hidden_layers)):
+        raise refusal(name, f"of its {config.num_hidden_layers} layers, these attend: {layers}")
     for call, window in zip(calls, _windows(config), strict=True):
         if call.window != window:
-            raise refusal(
-                name, f"layer {call.layer} should have a window of {window} but asks for {call.window}"
-            )
+            raise refusal(name, f"layer {call.layer} should have a window of {window}, not {call.window}")
     return [call.shape for call in calls]
 
 

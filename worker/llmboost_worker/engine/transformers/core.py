@@ -43,7 +43,7 @@ class EngineCore:
             device=loaded.device,
         )
         self._runner = ModelRunner(loaded.model, loaded.device)
-        selftest.run(loaded, self._runner, self._cache, self.info)
+        selftest.run(loaded, self._runner, self.info)
         self._scheduler = Scheduler(
             self._cache, config.max_num_seqs, config.max_num_batched_tokens, config.enable_chunked_prefill
         )

@@ -39,7 +39,8 @@ class TransformersEngine(Engine):
         self._live: set[str] = set()
         """Ids of sequences whose last output isn't out."""
         self._closing = False
-        self._failure: BaseException | None = None
+        self._ended: BaseException | None = None
+        """Why it takes on nothing any more."""
         self._stats = EngineStats(running=0, waiting=0, steps=0, prompt_tokens=0, output_tokens=0)
         """As of the last step, except that `waiting` grows when requests are taken from the inbox."""
 
@@ -61,8 +62,8 @@ class TransformersEngine(Engine):
         ValueError: an id is in use.
         """
         with self._inbox:
-            if self._thread is None or self._closing or self._failure is not None:
-                raise EngineError(f"the engine isn't running: {self._failure or 'not started, or closed'}")
+            if self._thread is None or self._closing or self._ended is not None:
+                raise EngineError(f"the engine isn't running: {self._ended or 'not started, or closed'}")
             for request in requests:
                 if request.id in self._live:
                     raise ValueError(f"a sequence with id {request.id!r} is still running")
@@ -100,7 +101,7 @@ class TransformersEngine(Engine):
             with torch.inference_mode():
                 core = EngineCore(self._config)
         except BaseException as error:
-            self._fail(error)
+            self._end(error)
             if not isinstance(error, EngineError):
                 logger.exception("can't start the engine")
                 error = EngineError(f"can't start the engine: {type(error).__name__}: {error}")
@@ -115,8 +116,10 @@ class TransformersEngine(Engine):
                         on_step(outputs)
         except BaseException as error:
             logger.exception("the engine ended by itself")
-            self._fail(error)
+            self._end(error)
             on_failure(error)
+        else:
+            self._end(EngineError("closed"))
         finally:
             del core
             gc.collect()  # modules refer to themselves through hooks
@@ -148,9 +151,9 @@ class TransformersEngine(Engine):
             self._live.difference_update(output.id for output in outputs if output.finish_reason)
         return outputs
 
-    def _fail(self, reason: BaseException) -> None:
+    def _end(self, reason: BaseException) -> None:
         with self._inbox:
-            self._failure = reason
+            self._ended = reason
             self._stats = replace(self._stats, running=0, waiting=0)
             self._added, self._cancelled = [], []
             self._live.clear()

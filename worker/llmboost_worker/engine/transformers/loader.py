@@ -18,6 +18,7 @@ from llmboost_worker.engine.transformers.config import EngineConfig
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
+MIN_MODEL_LEN = 16
 WEIGHTS = ("*.safetensors", "*.bin")
 REFERENCE = "eager"
 """transformers' plainest attention: supports everything, and is what the self-test compares with."""
@@ -74,8 +75,8 @@ def load(config: EngineConfig) -> LoadedModel:
     if missing := sorted(report["missing_keys"]):
         # transformers would serve random numbers in their place.
         raise EngineError(
-            f"the checkpoint {config.model!r} lacks {len(missing)} of the model's weights, {missing[0]!r} for "
-            "one: is it complete, and of a causal language model?"
+            f"the checkpoint {config.model!r} lacks {len(missing)} of the model's weights, {missing[0]!r} "
+            "for one: is it complete, and of a causal language model?"
         )
     architecture.check_class(model, text_config)
     model = model.eval().requires_grad_(False).to(device)
@@ -173,7 +174,10 @@ def _max_model_len(config: EngineConfig, text_config: Any) -> int:
             f"max_model_len is {config.max_model_len}, but {config.model!r} has {limit} positions: "
             "lower max_model_len or leave it out"
         )
-    return config.max_model_len or limit or 0
+    max_model_len = config.max_model_len or limit or 0
+    if max_model_len < MIN_MODEL_LEN:
+        raise EngineError(f"max_model_len is {max_model_len}, but the self-test needs {MIN_MODEL_LEN}")
+    return max_model_len
 
 
 def _eos_token_ids(model: Any, text_config: Any, vocab_size: int) -> tuple[int, ...]:

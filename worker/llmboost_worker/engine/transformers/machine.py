@@ -17,7 +17,7 @@ def available_cores() -> int:
     live on), no more than the process's CPU affinity and its cgroup's quota allow."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     physical = psutil.cpu_count(logical=False) or affinity
-    return max(1, math.ceil(min(affinity, physical, _cgroup_cores())))
+    return max(1, min(affinity, physical, _cgroup_cores()))
 
 
 def available_memory(device: torch.device) -> int:
@@ -29,16 +29,16 @@ def available_memory(device: torch.device) -> int:
     return min(int(psutil.virtual_memory().available), _cgroup_memory())
 
 
-def _cgroup_cores() -> float:
-    """Quota over period, of cgroup v2 or v1; infinite without one."""
+def _cgroup_cores() -> int:
+    """Quota over period, of cgroup v2 or v1, rounded up."""
     fields = _read(CGROUP / "cpu.max").split()
     if not fields:
         fields = [_read(CGROUP / "cpu/cpu.cfs_quota_us"), _read(CGROUP / "cpu/cpu.cfs_period_us")]
     try:
         quota, period = int(fields[0]), int(fields[1])
     except (ValueError, IndexError):
-        return math.inf
-    return quota / period if quota > 0 and period > 0 else math.inf
+        return UNLIMITED
+    return math.ceil(quota / period) if quota > 0 and period > 0 else UNLIMITED
 
 
 def _cgroup_memory() -> int:

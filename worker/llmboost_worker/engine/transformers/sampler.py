@@ -49,7 +49,10 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Draw]:
     rows = [i for i, sequence in enumerate(sequences) if sequence.sampling.temperature > 0 and not broken[i]]
     if rows:
         index = torch.tensor(rows, device=logits.device)
-        drawn = _draw(logits[index] - best[index, None], [sequences[i] for i in rows])
+        random = [sequences[i] for i in rows]
+        weights = weigh(logits[index] - best[index, None], random)
+        uniforms = [randomness.uniform(one.random_state, one.num_output) for one in random]
+        drawn = invert(weights, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
         tokens = tokens.index_copy(0, index, drawn)
     ids = tokens.tolist()
     reported = logprobs.report(ids) if logprobs else {}
@@ -67,16 +70,19 @@ def _why(row: Tensor) -> str:
     return "no token is left to draw: logit_bias and min_tokens exclude all of them"
 
 
-def _draw(scores: Tensor, sequences: list[Sequence]) -> Tensor:
-    """scores [rows, vocabulary]: logits less their row's maximum, overwritten -> tokens [rows]"""
+def weigh(scores: Tensor, sequences: list[Sequence]) -> Tensor:
+    """The probabilities by which each row draws, up to a factor.
+
+    Args:
+        scores: [rows, vocabulary], logits less their row's maximum; overwritten
+    """
     temperatures = [max(sequence.sampling.temperature, COLDEST) for sequence in sequences]
     if any(temperature != 1.0 for temperature in temperatures):
         scores /= torch.tensor(temperatures, device=scores.device)[:, None]
     thresholds = _thresholds(scores, sequences)
     if thresholds is not None:
         scores.masked_fill_(scores < thresholds[:, None], -torch.inf)
-    uniforms = [randomness.uniform(sequence.random_state, sequence.num_output) for sequence in sequences]
-    return invert(scores.exp_(), torch.tensor(uniforms, dtype=torch.float64, device=scores.device))
+    return scores.exp_()
 
 
 def _thresholds(scores: Tensor, sequences: list[Sequence]) -> Tensor | None:

@@ -17,42 +17,36 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 or masks gone wrong make 0.3 and more."""
 
 
-def run(loaded: LoadedModel, runner: ModelRunner, cache: SlotCache, info: EngineInfo) -> None:
-    """Two sequences in three steps: a chunk from empty, a chunk that continues it beside the other's decode,
-    and both decoding.
+STEPS = ((5, 4, 7), (5, 1, 0), (1, 0, 1))
+"""Tokens per step of three sequences: chunks from empty; a chunk that continues, beside a decode row; two
+decode rows of different lengths."""
 
+
+def run(loaded: LoadedModel, runner: ModelRunner, info: EngineInfo) -> None:
+    """
     Raises:
         EngineError: the logits differ, or aren't finite.
     """
-    length = min(11, loaded.max_model_len)
-    long, short = (_sequence(name, n, info) for name, n in (("long", length), ("short", max(2, length // 2))))
-    expected = {sequence.id: _reference(loaded, sequence) for sequence in (long, short)}
-    long.slot, short.slot = (cache.allocate(len(sequence)) for sequence in (long, short))
-    for sizes in _steps(len(long), len(short)):
-        for sequence, size in zip((long, short), sizes, strict=True):
+    lengths = [sum(sizes) for sizes in zip(*STEPS, strict=True)]
+    sequences = [_sequence(length, info) for length in lengths]
+    expected = {sequence.id: _reference(loaded, sequence) for sequence in sequences}
+    cache = SlotCache(loaded.layers, max(lengths), len(sequences), 1 << 60, loaded.dtype, loaded.device)
+    for sequence in sequences:
+        sequence.slot = cache.allocate(len(sequence))
+    for sizes in STEPS:
+        for sequence, size in zip(sequences, sizes, strict=True):
             sequence.num_scheduled = size
-        batch = [sequence for sequence in (long, short) if sequence.num_scheduled]
-        logits, sampled = runner.forward(batch)
+        logits, sampled = runner.forward([sequence for sequence in sequences if sequence.num_scheduled])
         for row, sequence in zip(logits, sampled, strict=True):
             _compare(loaded, row, expected[sequence.id])
-        for sequence in batch:
+        for sequence in sequences:
             sequence.num_cached += sequence.num_scheduled
-    for sequence in (long, short):
-        if sequence.slot is not None:
-            cache.free(sequence.slot)
-    cache.trim()
 
 
-def _steps(long: int, short: int) -> list[tuple[int, int]]:
-    """Tokens of each sequence per step. The last one of both comes alone, as in decoding."""
-    first = max(1, (long - 1) // 2)
-    return [(first, short - 1), (long - 1 - first, 0), (1, 1)]
-
-
-def _sequence(name: str, length: int, info: EngineInfo) -> Sequence:
+def _sequence(length: int, info: EngineInfo) -> Sequence:
     # Tokens spread over the vocabulary: a fixed multiplicative walk, so that the test is the same each time.
     ids = [(length * 2654435761 + i * 40503) % info.vocab_size for i in range(length)]
-    return Sequence(SequenceRequest(name, ids, SamplingParams(), max_tokens=0), info, arrival=0)
+    return Sequence(SequenceRequest(f"{length}", ids, SamplingParams(), max_tokens=0), info, arrival=0)
 
 
 def _reference(loaded: LoadedModel, sequence: Sequence) -> Tensor:

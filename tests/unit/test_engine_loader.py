@@ -1,0 +1,311 @@
+"""What is loaded and what is refused, with which words."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    BloomConfig,
+    DeepseekV3Config,
+    FalconConfig,
+    GptOssConfig,
+    LlamaConfig,
+    MambaConfig,
+    MistralConfig,
+    Qwen3NextConfig,
+    RwkvConfig,
+    T5Config,
+)
+
+from llmboost_worker.engine.interface import EngineError, EngineInfo
+from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, architecture, attention
+from tests.unit.engine_models import COMMON, CONFIGS, EOS, driving, prompt, request, save_model
+
+CAUSAL_LM = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_model(CONFIGS["llama"], tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture
+def copy(llama: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(llama, tmp_path / "copy")
+
+
+def start(folder: Path | str, **options: Any) -> EngineInfo:
+    options = {"threads": 1, "kv_cache_gib": 0.1, **options}
+    engine = TransformersEngine(EngineConfig(model=str(folder), **options))
+    try:
+        return engine.start(lambda outputs: None, lambda error: None)
+    finally:
+        engine.close()
+
+
+def change(folder: Path, file: str = "config.json", **values: Any) -> Path:
+    path = folder / file
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    return folder
+
+
+def test_info_tells_what_was_loaded(llama: Path) -> None:
+    assert start(llama, max_num_seqs=7) == EngineInfo(
+        max_model_len=512,
+        vocab_size=300,
+        max_num_seqs=7,
+        eos_token_ids=(EOS,),
+        engine="transformers",
+        dtype="float32",
+        device="cpu",
+    )
+
+
+def test_a_given_context_bounds_the_models(llama: Path) -> None:
+    with driving(llama, max_model_len=40) as driver:
+        assert driver.info.max_model_len == 40
+        fits, too_long = driver.run(
+            request("fits", prompt(30), max_tokens=10, ignore_eos=True),
+            request("long", prompt(31), max_tokens=10),
+        )
+    assert (len(fits.token_ids), fits.finish_reason) == (10, "length")
+    assert "context of 40" in (too_long.error or "")
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_serves_and_passes_its_self_test(llama: Path, dtype: str) -> None:
+    with driving(llama, dtype=dtype) as driver:
+        assert driver.info.dtype == dtype
+        assert len(driver.run_one(request("a", prompt(20), max_tokens=5, ignore_eos=True)).token_ids) == 5
+
+
+def test_several_ends_of_sequence_come_from_the_generation_config(copy: Path) -> None:
+    assert start(change(copy, "generation_config.json", eos_token_id=[EOS, 7, 999])).eos_token_ids == (EOS, 7)
+
+
+def test_a_model_without_an_end_of_sequence_runs_to_its_limit(copy: Path) -> None:
+    change(copy, eos_token_id=None)
+    change(copy, "generation_config.json", eos_token_id=None)
+    with driving(copy) as driver:
+        assert driver.info.eos_token_ids == ()
+        assert driver.run_one(request("a", prompt(5), max_tokens=9)).finish_reason == "length"
+
+
+# What a person gets wrong.
+
+
+def test_a_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match=r"no model folder.*nowhere"):
+        start(tmp_path / "nowhere")
+
+
+def test_a_folder_without_a_config(copy: Path) -> None:
+    (copy / "config.json").unlink()
+    with pytest.raises(EngineError, match=r"has no config\.json"):
+        start(copy)
+
+
+def test_a_folder_without_weights(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(EngineError, match="has no weights"):
+        start(copy)
+
+
+def test_a_config_of_no_known_model(copy: Path) -> None:
+    with pytest.raises(EngineError, match=r"can't use config\.json.*unheard-of"):
+        start(change(copy, model_type="unheard-of"))
+
+
+def test_broken_weights(copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes(b"nonsense")
+    with pytest.raises(EngineError, match="can't load the weights"):
+        start(copy)
+
+
+def test_weights_that_are_not_all_there(copy: Path) -> None:
+    """transformers would draw the missing ones at random, and serve nonsense."""
+    weights = load_file(copy / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EngineError, match=r"lacks 1 of the model's weights.*layers\.1\.mlp\.up_proj"):
+        start(copy)
+
+
+def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(EngineError, match=r"'nobody/nothing' at revision 'v1'.*no folder.*hub") as caught:
+        start("nobody/nothing", revision="v1")
+    assert "HF_TOKEN" in str(caught.value)
+
+
+def test_more_context_than_the_model_has(llama: Path) -> None:
+    with pytest.raises(EngineError, match=r"max_model_len is 513.*512 positions"):
+        start(llama, max_model_len=513)
+
+
+def test_a_context_that_memory_cannot_hold(llama: Path) -> None:
+    with pytest.raises(
+        EngineError, match=r"max_model_len=512.*lower max_model_len \(to \d+ at most\)"
+    ) as caught:
+        start(llama, kv_cache_gib=0.0001)
+    limit = int(str(caught.value).split("(to ")[1].split()[0])
+    assert start(llama, kv_cache_gib=0.0001, max_model_len=limit).max_model_len == limit
+
+
+def test_more_cache_than_there_is_memory(llama: Path) -> None:
+    with pytest.raises(EngineError, match=r"kv_cache_gib is 1000000.*lower kv_cache_gib"):
+        start(llama, kv_cache_gib=1_000_000)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there(llama: Path) -> None:
+    with pytest.raises(EngineError, match=r"device is 'cuda'.*cpu or auto"):
+        start(llama, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"model": ""}, "model"),
+        ({"dtype": "int4"}, "dtype"),
+        ({"device": "tpu"}, "device"),
+        ({"max_num_seqs": 0}, "max_num_seqs"),
+        ({"max_model_len": -1}, "max_model_len"),
+        ({"kv_cache_gib": 0}, "kv_cache_gib"),
+        ({"max_num_batched_tokens": 31}, "max_num_batched_tokens"),
+    ],
+)
+def test_a_setting_that_cannot_work_is_refused_by_name(options: dict[str, Any], name: str) -> None:
+    with pytest.raises(ValueError, match=name):
+        EngineConfig(**{"model": "m", **options})
+
+
+# What can't be served.
+
+REFUSED = {
+    "recurrent": (MambaConfig(**CAUSAL_LM), "mamba.*recurrent|mamba.*layers of kind"),
+    "recurrent-2": (
+        RwkvConfig(**CAUSAL_LM, attention_hidden_size=64),
+        "rwkv",
+    ),
+    "hybrid": (
+        Qwen3NextConfig(**COMMON, num_experts=2, moe_intermediate_size=16, linear_num_value_heads=2),
+        "qwen3_next.*linear_attention",
+    ),
+    "alibi": (BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=4), "bloom.*ALiBi"),
+    "alibi-by-option": (FalconConfig(**CAUSAL_LM, num_attention_heads=4, alibi=True), "falcon.*ALiBi"),
+    "sinks": (
+        GptOssConfig(**COMMON, head_dim=16, num_local_experts=2),
+        r"gpt_oss.*s_aux",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_kinds_of_models_that_would_come_out_wrong_are_refused_by_name(kind: str, tmp_path: Path) -> None:
+    config, words = REFUSED[kind]
+    with pytest.raises(EngineError, match=words) as caught:
+        start(save_model(config, tmp_path))
+    assert "vllm" in str(caught.value)
+
+
+def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
+    T5Config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(EngineError, match=r"t5.*encoder-decoder"):
+        start(tmp_path)
+
+
+def test_latent_attention_with_keys_wider_than_values_is_served(tmp_path: Path) -> None:
+    """DeepSeek's: the cache takes its shapes from what layers pass, not from the configuration."""
+    config = DeepseekV3Config(
+        **{**COMMON, "num_key_value_heads": 4},
+        q_lora_rank=16,
+        kv_lora_rank=16,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=16,
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
+        num_experts_per_tok=2,
+        moe_intermediate_size=16,
+        first_k_dense_replace=1,
+    )
+    with driving(save_model(config, tmp_path)) as driver:
+        result = driver.run_one(request("a", prompt(9), max_tokens=3, ignore_eos=True))
+    assert len(result.token_ids) == 3
+
+
+def test_the_self_test_refuses_attention_that_is_a_little_off(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    attend = attention.attend
+
+    def off(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+        return attend(query * 1.02, *arguments, **options)
+
+    monkeypatch.setattr(attention, "attend", off)
+    with pytest.raises(EngineError, match=r"'llama'.*LlamaForCausalLM gives other logits"):
+        start(llama)
+
+
+def test_the_self_test_notices_a_slot_read_at_the_wrong_length(
+    llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        attention.DecodeRun,
+        "_mask",
+        lambda self, window, query: (1, None),
+    )
+    with pytest.raises(EngineError, match="gives other logits"):
+        start(llama)
+
+
+def test_logits_that_are_no_numbers_are_refused_at_load(copy: Path) -> None:
+    weights = load_file(copy / "model.safetensors")
+    weights["model.norm.weight"][0] = torch.inf
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(EngineError, match=r"not finite.*another dtype"):
+        start(copy)
+
+
+def test_a_layer_that_counts_on_a_mask_for_its_window_is_refused() -> None:
+    calls = [attention.LayerCall(layer, attention.LayerShape(1, 1, 1), None) for layer in range(3)]
+    with pytest.raises(EngineError, match="layer 0 should have a window of 8"):
+        architecture.check_calls(MistralConfig(**COMMON, sliding_window=8), calls)
+
+
+def test_a_layer_that_does_not_attend_by_itself_is_refused() -> None:
+    calls = [attention.LayerCall(layer, attention.LayerShape(1, 1, 1), None) for layer in (0, 0, 2)]
+    with pytest.raises(EngineError, match=r"of its 3 layers.*\[0, 0, 2\]"):
+        architecture.check_calls(LlamaConfig(**COMMON), calls)
+
+
+@pytest.mark.parametrize(
+    ("rope", "limit"),
+    [
+        ({"rope_type": "default"}, 512),
+        ({"rope_type": "linear", "factor": 2.0}, 512),
+        ({"rope_type": "dynamic", "factor": 4.0, "original_max_position_embeddings": 128}, 128),
+        (
+            {
+                "rope_type": "longrope",
+                "factor": 4.0,
+                "original_max_position_embeddings": 64,
+                "short_factor": [1.0] * 8,
+                "long_factor": [2.0] * 8,
+            },
+            64,
+        ),
+    ],
+    ids=lambda value: value["rope_type"] if isinstance(value, dict) else str(value),
+)
+def test_frequencies_that_change_with_length_bound_the_context(rope: dict[str, Any], limit: int) -> None:
+    """Beyond it one long sequence would change its neighbours' positions."""
+    config = LlamaConfig(**COMMON, rope_parameters={"rope_theta": 10000.0, **rope})
+    assert architecture.position_limit(config) == limit

@@ -1,0 +1,264 @@
+"""Each sampling parameter against transformers' processors, and the draw against its distribution."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import (
+    LogitsProcessorList,
+    MinNewTokensLengthLogitsProcessor,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from llmboost_worker.engine.interface import EngineInfo
+from llmboost_worker.engine.transformers import penalties, randomness, sampler
+from llmboost_worker.engine.transformers.sequence import Sequence
+from tests.unit.engine_models import EOS, VOCAB, request
+
+PROMPT = [5, 9, 9, 40]
+OUTPUT = [7, 9, 7, 7, 120]
+
+
+def info(vocab_size: int = VOCAB) -> EngineInfo:
+    return EngineInfo(512, vocab_size, 32, (EOS,), "transformers", "float32", "cpu")
+
+
+def sequence(vocab_size: int = VOCAB, output_ids: list[int] | None = None, **sampling: Any) -> Sequence:
+    sampling.setdefault("temperature", 1.0)
+    ids = OUTPUT if output_ids is None else output_ids
+    return Sequence(request("s", PROMPT, ids, max_tokens=400, **sampling), info(vocab_size), 0)
+
+
+def random_logits(rows: int, vocab_size: int = VOCAB, scale: float = 2.0, seed: int = 0) -> Tensor:
+    return torch.randn(rows, vocab_size, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def probabilities(logits: Tensor, sequences: list[Sequence]) -> Tensor:
+    """What the sampler draws by. [rows, vocabulary]"""
+    logits = logits.clone()
+    penalties.apply(logits, sequences)
+    weights = sampler.weigh(logits - logits.amax(1, keepdim=True), sequences)
+    return weights / weights.sum(1, keepdim=True)
+
+
+def expected(logits: Tensor, one: Sequence) -> Tensor:
+    """The same by transformers' processors, for one row. [vocabulary]"""
+    p = one.sampling
+    steps = LogitsProcessorList()
+    if p.logit_bias:
+        steps.append(SequenceBiasLogitsProcessor([[[token], bias] for token, bias in p.logit_bias.items()]))
+    if p.min_tokens:
+        steps.append(MinNewTokensLengthLogitsProcessor(len(PROMPT), p.min_tokens, [EOS, *p.stop_token_ids]))
+    if p.repetition_penalty != 1:
+        steps.append(RepetitionPenaltyLogitsProcessor(p.repetition_penalty))
+    scores = steps(torch.tensor([one.tokens]), logits[None].clone())
+    counts = torch.bincount(torch.tensor(one.tokens[len(PROMPT) :], dtype=torch.int64), minlength=len(logits))
+    scores = scores - counts * p.frequency_penalty - (counts > 0) * p.presence_penalty  # OpenAI's formula
+    warpers = LogitsProcessorList()
+    if p.temperature != 1:
+        warpers.append(TemperatureLogitsWarper(p.temperature))
+    if p.top_k:
+        warpers.append(TopKLogitsWarper(p.top_k))
+    if p.top_p < 1:
+        warpers.append(TopPLogitsWarper(p.top_p))
+    if p.min_p:
+        warpers.append(MinPLogitsWarper(p.min_p))
+    return warpers(torch.tensor([one.tokens]), scores).softmax(-1)[0]
+
+
+PARAMETERS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.7},
+    {"temperature": 1.9},
+    {"top_k": 1},
+    {"top_k": 20},
+    {"top_p": 0.5},
+    {"top_p": 0.95},
+    {"top_p": 1e-9},
+    {"min_p": 0.1},
+    {"top_k": 30, "top_p": 0.8, "min_p": 0.05, "temperature": 1.3},
+    {"presence_penalty": 1.5},
+    {"presence_penalty": -1.0},
+    {"frequency_penalty": 0.8},
+    {"repetition_penalty": 1.4},
+    {"repetition_penalty": 0.6},
+    {"presence_penalty": 0.3, "frequency_penalty": 0.2, "repetition_penalty": 1.2},
+    {"logit_bias": {7: 3.0, 50: -100.0}},
+    {"logit_bias": {7: 3.0}, "repetition_penalty": 1.3, "top_p": 0.9},
+    {"min_tokens": 6},
+    {"min_tokens": 5},
+    {"min_tokens": 10, "stop_token_ids": (7, 30)},
+]
+
+
+@pytest.mark.parametrize("parameters", PARAMETERS, ids=str)
+def test_each_parameter_gives_the_distribution_of_its_reference(parameters: dict[str, Any]) -> None:
+    logits, one = random_logits(1), sequence(**parameters)
+    torch.testing.assert_close(
+        probabilities(logits, [one])[0], expected(logits[0], one), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_every_row_of_a_mixed_batch_is_drawn_by_its_own_parameters() -> None:
+    """All parameter sets in one batch give what each gives alone."""
+    sequences = [sequence(**parameters) for parameters in PARAMETERS]
+    logits = random_logits(len(sequences))
+    for row, one in zip(probabilities(logits, sequences), sequences, strict=True):
+        index = sequences.index(one)
+        torch.testing.assert_close(row, expected(logits[index], one), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 4.0])
+@pytest.mark.parametrize(
+    "parameters", [{"top_p": 0.9}, {"top_k": 1500}, {"top_k": 1500, "top_p": 0.9}], ids=str
+)
+def test_filters_are_exact_beyond_the_candidates(scale: float, parameters: dict[str, Any]) -> None:
+    """A flat distribution over a large vocabulary needs more than the top 1,024, a peaked one doesn't."""
+    logits, one = random_logits(2, 5000, scale), sequence(5000, **parameters)
+    peaked = sequence(5000, top_p=0.5)
+    rows = probabilities(logits, [one, peaked])
+    for row, logit, each in zip(rows, logits, [one, peaked], strict=True):
+        # float32 sums in the reference decide the last token kept: allow that one to differ
+        assert int(((row > 0) != (expected(logit, each) > 0)).sum()) <= 1
+        torch.testing.assert_close(row, expected(logit, each), rtol=1e-2, atol=1e-4)
+
+
+def test_an_earlier_row_that_needs_the_full_sort_leaves_the_others_alone() -> None:
+    flat, peaked = random_logits(1, 5000, 0.01), random_logits(1, 5000, 5.0, seed=1)
+    alone = sampler.nucleus(peaked, [0], [0.9])
+    assert sampler.nucleus(torch.cat([flat, peaked]), [0, 0], [0.9, 0.9])[1] == alone[0]
+
+
+def concentrated(weights: list[float]) -> Tensor:
+    """Logits of a distribution over the first tokens of the vocabulary. [1, vocabulary]"""
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, : len(weights)] = torch.tensor(weights).log()
+    return logits
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
+def test_draws_of_many_seeds_follow_the_distribution(temperature: float) -> None:
+    """Pearson's chi-square stays below its 99.9 % quantile for 9 degrees of freedom."""
+    draws, weights = 4000, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0]
+    sequences = [sequence(temperature=temperature, seed=seed) for seed in range(draws)]
+    drawn = sampler.sample(concentrated(weights).repeat(draws, 1), sequences)
+    counts = torch.bincount(torch.tensor([draw.token for draw in drawn]), minlength=10)
+    share = (torch.tensor(weights).log() / temperature).softmax(0) * draws
+    assert float(((counts - share) ** 2 / share).sum()) < 27.9
+
+
+def test_positions_and_choices_of_one_seed_draw_independently() -> None:
+    """Pairs of consecutive positions, and of neighbouring choices, fill a 4 x 4 table evenly (chi-square, 15
+    degrees of freedom, 99.9 %)."""
+    states = [randomness.stream(7, choice) for choice in range(200)]
+    table = [[randomness.uniform(state, position) for position in range(41)] for state in states]
+    along = [(row[i], row[i + 1]) for row in table for i in range(0, 40, 2)]
+    across = [(table[i][p], table[i + 1][p]) for i in range(0, 200, 2) for p in range(40)]
+    for pairs in (along, across):
+        cells = torch.bincount(torch.tensor([int(4 * a) * 4 + int(4 * b) for a, b in pairs]), minlength=16)
+        share = len(pairs) / 16
+        assert float(((cells - share) ** 2 / share).sum()) < 37.7
+
+
+def test_random_numbers_are_splitmix64s() -> None:
+    """The published first outputs for state 1234567."""
+    outputs = [6457827717110365317, 3203168211198807973, 9817491932198370423, 4593380528125082431]
+    assert [randomness.mix(1234567 + n * randomness.GAMMA) for n in range(1, 5)] == outputs
+
+
+@given(st.integers(-(2**63), 2**64), st.integers(0, 1000), st.integers(0, 10**6))
+def test_random_numbers_are_in_range_for_every_seed(seed: int, choice: int, position: int) -> None:
+    assert 0 <= randomness.uniform(randomness.stream(seed, choice), position) < 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    weights=st.lists(st.sampled_from([0.0, 1e-30, 1e-7, 0.3, 1.0]), min_size=1, max_size=700).filter(any),
+    uniform=st.sampled_from([0.0, 2.0**-53, 0.25, 0.5, 0.999, 1 - 2.0**-53]),
+)
+def test_a_draw_is_the_inverse_of_the_cumulative_distribution(weights: list[float], uniform: float) -> None:
+    """And never a token of weight 0, whatever rounding does at the ends."""
+    row = torch.tensor([weights])
+    token = int(sampler.invert(row, torch.tensor([uniform], dtype=torch.float64))[0])
+    assert weights[token] > 0
+    mass = [math.fsum(row[0, :i].tolist()) for i in (token, token + 1)]
+    total = math.fsum(row[0].tolist())
+    assert mass[0] - 1e-9 * total <= uniform * total <= mass[1] + 1e-9 * total
+
+
+def test_neighbours_in_the_batch_do_not_change_a_draw() -> None:
+    logits = random_logits(16)
+    sequences = [sequence(seed=i, **PARAMETERS[i % len(PARAMETERS)]) for i in range(16)]
+    together = [draw.token for draw in sampler.sample(logits.clone(), sequences)]
+    alone = [sampler.sample(logits[i : i + 1].clone(), [sequences[i]])[0].token for i in range(16)]
+    assert together == alone
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-300, 1e-5, 1e-4])
+def test_cold_means_greedy(temperature: float) -> None:
+    logits = random_logits(50, scale=100.0)
+    sequences = [sequence(temperature=temperature, seed=seed) for seed in range(50)]
+    drawn = [draw.token for draw in sampler.sample(logits.clone(), sequences)]
+    assert drawn == logits.argmax(1).tolist()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("row", "error"),
+    [
+        (torch.full((VOCAB,), -torch.inf), "no token is left"),
+        (torch.zeros(VOCAB).index_fill(0, torch.tensor([3]), torch.nan), "NaN"),
+        (torch.zeros(VOCAB).index_fill(0, torch.tensor([3]), torch.inf), "infinite"),
+    ],
+    ids=["excluded", "nan", "infinite"],
+)
+def test_a_row_without_a_distribution_fails_alone(row: Tensor, error: str, temperature: float) -> None:
+    logits = random_logits(3)
+    sequences = [sequence(seed=i, temperature=temperature, top_p=0.9, top_logprobs=1) for i in range(3)]
+    sound = sampler.sample(logits.clone(), sequences)
+    logits[1] = row
+    drawn = sampler.sample(logits, sequences)
+    assert error in (drawn[1].error or "")
+    assert [drawn[0], drawn[2]] == [sound[0], sound[2]]
+
+
+def test_min_tokens_that_exclude_everything_are_an_error() -> None:
+    one = sequence(min_tokens=100, stop_token_ids=tuple(range(VOCAB)))
+    assert "min_tokens" in (sampler.sample(random_logits(1), [one])[0].error or "")
+
+
+def test_stop_ids_outside_the_vocabulary_are_no_matter() -> None:
+    one = sequence(min_tokens=100, stop_token_ids=(VOCAB, -1, 10**9))
+    assert sampler.sample(random_logits(1), [one])[0].error is None
+
+
+def test_logprobs_are_those_of_the_model_itself() -> None:
+    """log_softmax of the raw logits, whatever penalties, bias, temperature and filters made of them."""
+    changes = {"temperature": 0.5, "top_k": 5, "logit_bias": {8: 50.0}, "repetition_penalty": 1.5}
+    wanted = [None, 0, 1, 5]
+    logits = random_logits(4)
+    raw = logits.log_softmax(-1)
+    drawn = sampler.sample(logits, [sequence(top_logprobs=k, **changes) for k in wanted])
+    assert [draw.token for draw in drawn] == [8] * 4
+    assert drawn[0].logprobs is None
+    for row, (k, draw) in list(enumerate(zip(wanted, drawn, strict=True)))[1:]:
+        assert draw.logprobs is not None
+        assert draw.logprobs.logprob == pytest.approx(float(raw[row, 8]))
+        best = raw[row].topk(k or 0)
+        assert [id for id, _ in draw.logprobs.top] == best.indices.tolist()
+        assert [value for _, value in draw.logprobs.top] == pytest.approx(best.values.tolist())
+
+
+def test_logprobs_of_more_tokens_than_there_are_are_those_of_all() -> None:
+    draw = sampler.sample(random_logits(1), [sequence(top_logprobs=VOCAB + 10)])[0]
+    assert draw.logprobs is not None
+    assert len(draw.logprobs.top) == VOCAB

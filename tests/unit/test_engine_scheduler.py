@@ -1,0 +1,136 @@
+"""Who takes part in a step."""
+
+import torch
+
+from llmboost_worker.engine.interface import EngineInfo
+from llmboost_worker.engine.transformers.cache import LayerShape, SlotCache
+from llmboost_worker.engine.transformers.scheduler import Scheduler
+from llmboost_worker.engine.transformers.sequence import Sequence
+from tests.unit.engine_models import request
+
+INFO = EngineInfo(512, 300, 4, (2,), "transformers", "float32", "cpu")
+PER_TOKEN = 4 * 2
+
+
+class Simulation:
+    """A scheduler whose sequences are computed by nobody: each step gives every complete one the token 7."""
+
+    def __init__(
+        self, max_num_seqs: int = 4, tokens: int = 100, room: int = 10_000, chunks: bool = True
+    ) -> None:
+        shapes = [LayerShape(heads=1, key_dim=1, value_dim=1)]
+        cache = SlotCache(shapes, 512, max_num_seqs, room * PER_TOKEN, torch.float32, torch.device("cpu"))
+        self.scheduler = Scheduler(cache, max_num_seqs, tokens, chunks)
+        self.arrivals = 0
+
+    def add(self, id: str, length: int, priority: int = 0) -> Sequence:
+        self.arrivals += 1
+        one = Sequence(request(id, [5] * length, max_tokens=200, priority=priority), INFO, self.arrivals)
+        self.scheduler.add(one)
+        return one
+
+    def step(self) -> dict[str, int]:
+        batch = self.scheduler.schedule()
+        for one in batch:
+            complete = one.is_sampled
+            one.num_cached += one.num_scheduled
+            if complete:
+                one.append(7)
+        return {one.id: one.num_scheduled for one in batch}
+
+
+def test_decoding_comes_first_and_prompts_share_the_rest() -> None:
+    simulation = Simulation(tokens=100)
+    simulation.add("a", 30)
+    assert simulation.step() == {"a": 30}
+    simulation.add("b", 150)
+    simulation.add("c", 60)
+    assert simulation.step() == {"a": 1, "b": 99}
+    assert simulation.step() == {"a": 1, "b": 51, "c": 48}
+    assert simulation.step() == {"a": 1, "b": 1, "c": 12}
+    assert simulation.step() == {"a": 1, "b": 1, "c": 1}
+
+
+def test_no_more_sequences_run_than_allowed() -> None:
+    simulation = Simulation(max_num_seqs=2)
+    for id in "abc":
+        simulation.add(id, 5)
+    assert simulation.step() == {"a": 5, "b": 5}
+    simulation.scheduler.remove("a")
+    assert simulation.step() == {"b": 1, "c": 5}
+    assert simulation.scheduler.num_waiting == 0
+
+
+def test_smaller_priority_then_earlier_arrival_is_admitted_first() -> None:
+    simulation = Simulation(max_num_seqs=1)
+    simulation.add("batch", 5, priority=1)
+    simulation.add("first", 5)
+    simulation.add("second", 5)
+    order = []
+    for _ in range(3):
+        (id,) = simulation.step()
+        order.append(id)
+        simulation.scheduler.remove(id)
+    assert order == ["first", "second", "batch"]
+
+
+def test_the_newest_of_the_lowest_class_gives_way() -> None:
+    """Room for four slots of 128, or two and one of 256, which an interactive sequence soon needs. Of two
+    batch sequences the one that came last loses its slot."""
+    simulation = Simulation(room=512)
+    batch = simulation.add("batch", 100, priority=1)
+    simulation.step()
+    simulation.add("old", 126)
+    simulation.add("new", 100, priority=1)
+    while "new" not in simulation.scheduler.running:
+        simulation.step()
+    assert list(simulation.step()) == ["old", "batch", "new"]
+    for _ in range(40):
+        simulation.step()
+    assert "old" in simulation.scheduler.running
+    assert "batch" in simulation.scheduler.running
+    assert "new" not in simulation.scheduler.running
+    assert simulation.scheduler.num_waiting == 1
+    assert batch.num_output > 40
+    simulation.scheduler.remove("old")
+    assert "new" in simulation.step()
+
+
+def test_a_waiting_sequence_does_not_take_running_ones_memory() -> None:
+    simulation = Simulation(room=256)
+    simulation.add("a", 100)
+    simulation.add("b", 200)
+    assert simulation.step() == {"a": 100}
+    assert simulation.step() == {"a": 1}
+    simulation.scheduler.remove("a")
+    assert simulation.step() == {"b": 100}
+
+
+def test_what_the_cache_cannot_hold_alone_is_handed_back() -> None:
+    simulation = Simulation(room=128)
+    simulation.add("big", 300)
+    simulation.add("small", 10)
+    assert simulation.step() == {"small": 10}
+    assert [one.id for one in simulation.scheduler.take_refused()] == ["big"]
+    assert simulation.scheduler.take_refused() == []
+
+
+def test_whole_prompts_wait_for_a_step_that_fits_them() -> None:
+    simulation = Simulation(tokens=100, chunks=False)
+    simulation.add("a", 60)
+    simulation.add("b", 60)
+    simulation.add("long", 300)
+    assert simulation.step() == {"a": 60}
+    assert simulation.step() == {"a": 1, "b": 60}
+    assert simulation.step() == {"a": 1, "b": 1, "long": 300}
+
+
+def test_remove_forgets_waiting_and_running_alike() -> None:
+    simulation = Simulation(max_num_seqs=1)
+    simulation.add("a", 5)
+    simulation.add("b", 5)
+    simulation.step()
+    for id in ("b", "unknown", "a", "a"):
+        simulation.scheduler.remove(id)
+    assert simulation.step() == {}
+    assert (len(simulation.scheduler.running), simulation.scheduler.num_waiting) == (0, 0)
