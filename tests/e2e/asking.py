@@ -16,7 +16,7 @@ STORY = "Write a short story about AI, in 100 words."
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 
 
-def chat(text: str = STORY, **fields: Any) -> dict[str, Any]:
+def chat(text: Any = STORY, **fields: Any) -> dict[str, Any]:
     """A chat request."""
     return {"model": MODEL, "messages": [{"role": "user", "content": text}], **fields}
 

@@ -66,7 +66,7 @@ class System:
         return self._start(name, "worker", *arguments)
 
     def await_worker(self, name: str) -> None:
-        self.parts[name].wait_for_line(": serving ", among="err")
+        self.parts[name].wait_for_line(": serving ", among="err", within=50)
 
     def stop(self, name: str) -> None:
         """Asks a process to end and waits until it has."""
