@@ -268,6 +268,11 @@ class Tailer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._redis.aclose()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it follows nothing: it was not started, or has ended."""
+        return self._closed is not None
+
     def tail(self, job_id: str, after: str = BEGINNING) -> Subscription:
         """A reader of the stream from a cursor on. While it is entered, the stream has an audience.
 
