@@ -15,16 +15,16 @@ from llmboost_api.server import PodServer
 
 
 def create_app(settings: ApiSettings) -> FastAPI:
-    """The app of one API pod. Starts, and stays, whether or not Redis can be reached.
+    """The app of one API pod, to be run once. Starts, and stays, whether or not Redis can be reached.
 
     Raises:
-        ValueError: (when it starts) no Redis URL was given, or it is none.
+        ValueError: no Redis URL was given, or it is none.
     """
+    pod = Pod(settings)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with Pod(settings) as pod:
-            app.state.pod = pod
+        async with pod:
             yield
 
     app = FastAPI(
@@ -34,6 +34,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
         redirect_slashes=False,
         redoc_url=None,
     )
+    app.state.pod = pod
     errors.install(app)
     app.add_middleware(RequestContext)
     for routes in (chat, completions, models, health):
@@ -46,6 +47,7 @@ def run(settings: ApiSettings) -> None:
     """Serves until SIGTERM or SIGINT, then drains and returns. Logs one line when it is ready.
 
     Raises:
+        ValueError: no Redis URL was given, or it is none.
         SystemExit: it could not start; the log says why.
     """
     logs.configure(settings.log_level)

@@ -1,14 +1,11 @@
 """What part of this machine each worker of `serve` gets: CPU threads and GPUs."""
 
-import math
 import os
 import shutil
 import subprocess
 from contextlib import suppress
-from pathlib import Path
 
-import psutil
-
+from llmboost.machine import available_cores
 from llmboost.settings import ServeSettings
 
 
@@ -27,7 +24,7 @@ def placements(settings: ServeSettings) -> list[dict[str, str]]:
     environments: list[dict[str, str]] = [{} for _ in range(settings.dp)]
     if settings.dp > 1 and settings.threads == 0:
         for environment in environments:
-            environment["LLMBOOST_THREADS"] = str(max(1, cores() // settings.dp))
+            environment["LLMBOOST_THREADS"] = str(max(1, available_cores() // settings.dp))
     available = gpus() if settings.device in ("auto", "cuda") else []
     if available:
         if settings.tp > 1 and settings.dp * settings.tp > len(available):
@@ -39,17 +36,6 @@ def placements(settings: ServeSettings) -> list[dict[str, str]]:
             mine = (available[(index * settings.tp + k) % len(available)] for k in range(settings.tp))
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     return environments
-
-
-def cores() -> int:
-    """Cores worth a thread each: physical ones, of those that affinity and cgroup leave this process."""
-    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    count = min(count, psutil.cpu_count(logical=False) or count)
-    with suppress(OSError, ValueError):
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        if quota != "max":
-            count = min(count, math.ceil(int(quota) / int(period)))
-    return max(1, count)
 
 
 def gpus() -> list[str]:

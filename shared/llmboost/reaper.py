@@ -21,5 +21,7 @@ async def reap_forever(queue: JobQueue, by: str) -> None:
                 logger.info("sealed %d stranded streams", sealed)
         except (RedisError, OSError) as error:
             logger.warning("can't reap: %s", error)
+        except Exception:  # a defect here must not end what every other guarantee falls back on
+            logger.exception("can't reap")
         # Jitter: several processes reap the same streams.
         await asyncio.sleep(INTERVAL_S * random.uniform(0.5, 1.5))

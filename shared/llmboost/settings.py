@@ -132,6 +132,10 @@ class WorkerSettings(CommonSettings):
     max_model_len: PositiveInt | None = Field(
         None, description="Longest prompt and output together, in tokens; default: the model's own limit."
     )
+    kv_cache_memory: PositiveFloat | None = Field(
+        None,
+        description="GiB for keys and values; default: half of the free memory on a CPU, 0.9 of it on a GPU.",
+    )
     max_num_seqs: PositiveInt = Field(32, description="Sequences in one batch.")
     max_num_batched_tokens: PositiveInt = Field(2048, description="Tokens in one step, prefill included.")
     enable_chunked_prefill: bool = Field(

@@ -7,8 +7,9 @@ connection's id, which changes at every reconnect, and hosted servers often refu
 
 One connection is enough: while one reply is handed out, every stream that has something waits for the
 next XREAD, so the busier the process is, the more tokens each one brings. More connections would split
-them. With 300 streams it costs 0.3 to 0.55 of the CPU per token of a connection each
-(`benchmarks/tailer.py`), and pacing the XREADs gained nothing measurable.
+them. With 300 streams it costs 0.2 to 0.45 of the CPU per token of a connection each, up to 0.7 where the
+machine is so busy that those get many tokens per read too (`benchmarks/tailer.py`). Pacing the XREADs
+gained nothing measurable.
 
 Each subscription has its own cursor and a bounded `Inbox`. A reader that falls behind leaves the XREAD
 with its cursor and joins again when it has caught up: what it has not read waits in Redis, not here.
@@ -266,6 +267,11 @@ class Tailer:
         self._close(TailerClosed("the tailer was closed"))
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._redis.aclose()
+
+    @property
+    def closed(self) -> bool:
+        """Whether it follows nothing: it was not started, or has ended."""
+        return self._closed is not None
 
     def tail(self, job_id: str, after: str = BEGINNING) -> Subscription:
         """A reader of the stream from a cursor on. While it is entered, the stream has an audience.

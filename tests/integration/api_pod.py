@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import httpx
 import msgspec
 from arq.connections import ArqRedis
 from openai import AsyncOpenAI
+from redis.exceptions import RedisError
 
 from llmboost import keys
 from llmboost.connection import deserialize
@@ -18,7 +19,7 @@ from llmboost.jobs import GenerationJob
 from llmboost.queue import Claim, JobQueue
 from llmboost.registry import ModelCard, Registry, WorkerCard
 from llmboost.settings import ApiSettings
-from llmboost.streams import StreamEnded, TokenStreams, Writer, append_to
+from llmboost.streams import StreamEnded, TokenStreams, Writer, append_to, persist
 from llmboost_api.app import create_app
 from llmboost_api.server import PodServer
 
@@ -87,6 +88,7 @@ class ScriptedWorker:
     stopped: dict[str, StreamEnded] = field(default_factory=dict)
     """Jobs whose stream somebody else ended."""
     finished: int = 0
+    playing: "list[asyncio.Task[None]]" = field(default_factory=list)
 
     async def announce(self, *names: str) -> None:
         card = WorkerCard("worker-1", ROOT, "scripted", "none", 8, 1, 2)
@@ -94,11 +96,10 @@ class ScriptedWorker:
         await Registry(self.redis).announce(card, models, ttl=60)
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as playing:
-            while True:
-                await self.queue.wait(ROOT)
-                for claim in await self.queue.claim(ROOT, 100, "worker-1", lease=30):
-                    playing.create_task(self.play(claim))
+        while True:
+            await persist(lambda: self.queue.wait(ROOT))
+            for claim in await persist(lambda: self.queue.claim(ROOT, 100, "worker-1", lease=30)):
+                self.playing.append(asyncio.create_task(self.play(claim)))
 
     async def play(self, claim: Claim) -> None:
         definition = await self.redis.get(keys.arq_job(claim.job_id))
@@ -139,8 +140,12 @@ async def working(redis: ArqRedis, streams: TokenStreams) -> AsyncIterator[Scrip
         yield worker
     finally:
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task, *worker.playing], timeout=2)
+        for each in worker.playing:
+            each.cancel()
+        for outcome in await asyncio.gather(*worker.playing, return_exceptions=True):
+            if isinstance(outcome, Exception) and not isinstance(outcome, RedisError | OSError):
+                raise outcome
 
 
 @dataclass

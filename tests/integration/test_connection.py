@@ -44,7 +44,7 @@ async def test_closing_a_client_closes_its_connections(redis: ArqRedis, redis_ur
 async def test_a_unix_socket_will_do(tmp_path: Path) -> None:
     """The URL decides on the kind of socket."""
     path = tmp_path / "valkey.sock"
-    with ValkeyServer(data_dir=tmp_path, unix_socket_path=path):
+    with ValkeyServer(port=0, data_dir=tmp_path, unix_socket_path=path):
         client = connect(f"unix://{path}")
         assert await client.ping()
         await client.aclose()

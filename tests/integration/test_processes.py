@@ -225,7 +225,7 @@ def test_a_failure_to_start_is_an_exception_with_the_log() -> None:
 
 
 def test_workers_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "cores", lambda: 8)
+    monkeypatch.setattr(placement, "available_cores", lambda: 8)
     monkeypatch.setattr(placement, "gpus", list)
     assert placements(ServeSettings(dp=3)) == [{"LLMBOOST_THREADS": "2"}] * 3
     assert placements(ServeSettings(dp=1)) == [{}]

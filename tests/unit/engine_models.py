@@ -179,7 +179,7 @@ class Driver:
 @contextmanager
 def driving(folder: Path, **options: Any) -> Iterator[Driver]:
     """An engine on that folder, closed at the end."""
-    options = {"threads": 1, "kv_cache_gib": 0.25, **options}
+    options = {"threads": 1, "kv_cache_memory": 0.25, **options}
     engine = TransformersEngine(EngineConfig(model=str(folder), **options))
     driver = Driver(engine)
     try:

@@ -208,7 +208,7 @@ def test_when_memory_is_short_sequences_give_way_and_lose_nothing(folder: Path) 
     with driving(folder, max_num_batched_tokens=64, max_num_seqs=8) as driver:
         alone = [driver.run_one(one).token_ids for one in requests]
     little = 520 * PER_TOKEN / 2**30
-    with driving(folder, max_num_batched_tokens=64, max_num_seqs=8, kv_cache_gib=little) as driver:
+    with driving(folder, max_num_batched_tokens=64, max_num_seqs=8, kv_cache_memory=little) as driver:
         results = driver.run(*requests)
         computed = driver.engine.stats().prompt_tokens
     assert [result.token_ids for result in results] == alone
@@ -224,7 +224,9 @@ def test_counters_add_up(driver: Driver) -> None:
 
 def test_added_sequences_count_as_waiting_at_once(folder: Path) -> None:
     release = threading.Event()
-    engine = TransformersEngine(EngineConfig(model=str(folder), threads=1, kv_cache_gib=0.1, max_num_seqs=2))
+    engine = TransformersEngine(
+        EngineConfig(model=str(folder), threads=1, kv_cache_memory=0.1, max_num_seqs=2)
+    )
     engine.start(lambda outputs: release.wait(TIMEOUT) and None, lambda error: None)
     try:
         engine.add([sound(f"{i}", **LONG) for i in range(5)])

@@ -39,7 +39,7 @@ def copy(llama: Path, tmp_path: Path) -> Path:
 
 
 def start(folder: Path | str, **options: Any) -> EngineInfo:
-    options = {"threads": 1, "kv_cache_gib": 0.1, **options}
+    options = {"threads": 1, "kv_cache_memory": 0.1, **options}
     engine = TransformersEngine(EngineConfig(model=str(folder), **options))
     try:
         return engine.start(lambda outputs: None, lambda error: None)
@@ -151,14 +151,14 @@ def test_a_context_that_memory_cannot_hold(llama: Path) -> None:
     with pytest.raises(
         EngineError, match=r"max_model_len=512.*lower max_model_len \(to \d+ at most\)"
     ) as caught:
-        start(llama, kv_cache_gib=0.0001)
+        start(llama, kv_cache_memory=0.0001)
     limit = int(str(caught.value).split("(to ")[1].split()[0])
-    assert start(llama, kv_cache_gib=0.0001, max_model_len=limit).max_model_len == limit
+    assert start(llama, kv_cache_memory=0.0001, max_model_len=limit).max_model_len == limit
 
 
 def test_more_cache_than_there_is_memory(llama: Path) -> None:
-    with pytest.raises(EngineError, match=r"kv_cache_gib is 1000000.*lower kv_cache_gib"):
-        start(llama, kv_cache_gib=1_000_000)
+    with pytest.raises(EngineError, match=r"kv_cache_memory is 1000000.*lower kv_cache_memory"):
+        start(llama, kv_cache_memory=1_000_000)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -175,7 +175,7 @@ def test_a_device_that_is_not_there(llama: Path) -> None:
         ({"device": "tpu"}, "device"),
         ({"max_num_seqs": 0}, "max_num_seqs"),
         ({"max_model_len": -1}, "max_model_len"),
-        ({"kv_cache_gib": 0}, "kv_cache_gib"),
+        ({"kv_cache_memory": 0}, "kv_cache_memory"),
         ({"max_num_batched_tokens": 31}, "max_num_batched_tokens"),
     ],
 )

@@ -206,6 +206,7 @@ def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
             dtype=settings.dtype,
             device=settings.device,
             max_model_len=settings.max_model_len,
+            kv_cache_memory=settings.kv_cache_memory,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             enable_chunked_prefill=settings.enable_chunked_prefill,

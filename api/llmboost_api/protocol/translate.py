@@ -52,7 +52,7 @@ def _explain(error: ErrorDetails, param: str, model: type[RequestModel]) -> tupl
         return "invalid_type", f"'{param}' must be {_TYPES[kind]}, not {shown(value)}."
     if kind in _BOUNDS:
         key, words = _BOUNDS[kind]
-        return "invalid_value", f"'{param}' is {shown(value)}, but it must be {words} {context[key]:g}."
+        return "invalid_value", f"'{param}' is {shown(value)}, but it must be {words} {_bound(context[key])}."
     if kind == "literal_error":
         return "invalid_value", f"'{param}' is {shown(value)}, but it must be {context['expected']}."
     if kind == "too_short":
@@ -65,6 +65,11 @@ def _explain(error: ErrorDetails, param: str, model: type[RequestModel]) -> tupl
     if kind == "string_too_short":
         return "invalid_value", f"'{param}' is an empty string: give it a value or leave it out."
     return "invalid_value", f"'{param}' is {shown(value)}: {error['msg']}."
+
+
+def _bound(limit: float) -> str:
+    """To the last digit: `:g` alone would round a large one."""
+    return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
 def _unknown(

@@ -269,6 +269,11 @@ class _Running:
                 with suppress(RuntimeError):  # the loop was closed
                     self.call_soon(self._session.abort)
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return self._closing.locked()
+
     def call(self, coroutine: Coroutine[Any, Any, T]) -> T:
         """Runs a coroutine on the SDK's loop and waits for it; given up if the caller is interrupted."""
         future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
@@ -323,7 +328,8 @@ class _Running:
 
 def _drop(running: _Running) -> None:
     """For an `LLMBoost` that was dropped without `stop`, on whatever thread the collector runs."""
-    threading.Thread(target=running.close, name="llmboost-drop", daemon=True).start()
+    if not running.closed:  # else, at the interpreter's end, there are no new threads to be had
+        threading.Thread(target=running.close, name="llmboost-drop", daemon=True).start()
 
 
 def say(line: str) -> None:

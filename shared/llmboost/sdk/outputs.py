@@ -72,22 +72,18 @@ class Outputs:
         """
         with self._changed:
             self.check_closed()
-            taken, named = set(self._open), []
+            taken, named, number = set(self._open), [], self._number
             for each in ids:
                 if each is None:
-                    each = self._next_number(taken)
+                    while number in taken:
+                        number += 1
+                    each, number = number, number + 1
                 elif each in taken:
                     raise ValueError(f"the id {each!r} belongs to an input that is not finished")
                 taken.add(each)
                 named.append(each)
-            self._open = taken
+            self._open, self._number = taken, number
             return named
-
-    def _next_number(self, taken: set[Id]) -> int:
-        while self._number in taken:
-            self._number += 1
-        self._number += 1
-        return self._number - 1
 
     def put(self, output: Output) -> None:
         """Hands an output over, or adds it to one of the same answer that waits."""

@@ -46,7 +46,7 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]], now: float) -> s
         raise TokenizerError(f"Chat templates can't be run: {error}") from error
     except Exception as error:  # templates raise what Python raises: TypeError for none + "", ...
         raise PromptError(
-            f"The model's chat template refused the messages: {str(error) or type(error).__name__}. "
+            f"The model's chat template refused the messages: {_sentence(error)} "
             "Check the roles, their order, and what each message holds.",
             param="messages",
             code="chat_template_error",
@@ -54,6 +54,11 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]], now: float) -> s
     finally:
         _now.reset(clock)
     return text
+
+
+def _sentence(error: Exception) -> str:
+    """What a template raised, with one full stop at its end."""
+    return (str(error) or type(error).__name__).rstrip(". ") + "."
 
 
 def _pin_clock(template: str) -> None:

@@ -30,8 +30,8 @@ class EngineConfig:
     """False: a prompt is computed in one step, even one above `max_num_batched_tokens`."""
     threads: int | None = None
     """Of torch on a CPU. None: the physical cores that this process may use."""
-    kv_cache_gib: float | None = None
-    """Memory for keys and values. None: half of what is available once a CPU's weights are loaded, 0.9 on
+    kv_cache_memory: float | None = None
+    """GiB for keys and values. None: half of what is available once a CPU's weights are loaded, 0.9 on
     CUDA."""
 
     def __post_init__(self) -> None:
@@ -41,7 +41,7 @@ class EngineConfig:
             raise ValueError(f"dtype is {self.dtype!r}, but must be auto, float32, bfloat16 or float16")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
             raise ValueError(f"device is {self.device!r}, but must be auto, cpu, cuda or cuda:<n>")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "threads", "kv_cache_gib"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "threads", "kv_cache_memory"):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, but must be above 0")

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from llmboost.machine import available_cores, available_memory
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers import architecture, machine
+from llmboost_worker.engine.transformers import architecture
 from llmboost_worker.engine.transformers.attention import NAME
 from llmboost_worker.engine.transformers.cache import LayerShape, bytes_per_token
 from llmboost_worker.engine.transformers.config import EngineConfig
@@ -48,7 +49,7 @@ def load(config: EngineConfig) -> LoadedModel:
     """
     device = _device(config.device)
     if device.type == "cpu":
-        torch.set_num_threads(config.threads or machine.available_cores())
+        torch.set_num_threads(config.threads or available_cores())
     _check_folder(config.model)
     options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
@@ -100,26 +101,34 @@ def cache_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
     Raises:
         EngineError: not even one sequence of full length fits.
     """
-    available = machine.available_memory(loaded.device)
-    if config.kv_cache_gib is not None:
-        given, origin = int(config.kv_cache_gib * GIB), "kv_cache_gib gives"
+    available = _free_memory(loaded.device)
+    if config.kv_cache_memory is not None:
+        given, origin = int(config.kv_cache_memory * GIB), "kv_cache_memory gives"
     else:
         share = 0.9 if loaded.device.type == "cuda" else 0.5
         given, origin = int(available * share), f"{share:.0%} of what is available are"
     per_token = bytes_per_token(loaded.layers, loaded.dtype)
     if given > available:
         raise EngineError(
-            f"kv_cache_gib is {config.kv_cache_gib}, but {available / GIB:.2f} GiB are available on "
-            f"{loaded.device}: lower kv_cache_gib"
+            f"kv_cache_memory is {config.kv_cache_memory}, but {available / GIB:.2f} GiB are available on "
+            f"{loaded.device}: lower kv_cache_memory"
         )
     if loaded.max_model_len * per_token > given:
         raise EngineError(
             f"one sequence of max_model_len={loaded.max_model_len} tokens needs "
             f"{loaded.max_model_len * per_token / GIB:.2f} GiB of keys and values, and {origin} "
             f"{given / GIB:.2f} GiB: lower max_model_len (to {given // per_token} at most) or raise "
-            "kv_cache_gib"
+            "kv_cache_memory"
         )
     return given
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on the device."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free)
+    return available_memory()
 
 
 def _device(name: str) -> torch.device:

@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import psutil
-import torch
 
 CGROUP = Path("/sys/fs/cgroup")
 UNLIMITED = 1 << 60
@@ -20,12 +19,9 @@ def available_cores() -> int:
     return max(1, min(affinity, physical, _cgroup_cores()))
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on the device. On a CPU the lesser of what the kernel says
-    (`psutil` reads the whole machine) and what the cgroup leaves."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+def available_memory() -> int:
+    """Bytes of main memory that can still be allocated: the lesser of what the kernel says (`psutil` reads
+    the whole machine) and what the cgroup leaves."""
     return min(int(psutil.virtual_memory().available), _cgroup_memory())
 
 

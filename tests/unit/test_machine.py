@@ -5,11 +5,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-import torch
 
-from llmboost_worker.engine.transformers import machine
+from llmboost import machine
 
-CPU = torch.device("cpu")
 GIB = 1 << 30
 
 
@@ -52,19 +50,19 @@ def test_a_quota_of_cgroup_1_limits_cores(cgroup: Path, quota: int, cores: int) 
 
 
 def test_memory_is_the_machines_without_a_limit(cgroup: Path) -> None:
-    assert machine.available_memory(CPU) == 10 * GIB
+    assert machine.available_memory() == 10 * GIB
     write(cgroup, memory__max="max", memory__current=5 * GIB)
-    assert machine.available_memory(CPU) == 10 * GIB
+    assert machine.available_memory() == 10 * GIB
 
 
 def test_a_limit_of_cgroup_2_bounds_memory_and_page_cache_is_free(cgroup: Path) -> None:
     write(cgroup, memory__max=4 * GIB, memory__current=3 * GIB, memory__stat=f"anon 5\ninactive_file {GIB}")
-    assert machine.available_memory(CPU) == 2 * GIB
+    assert machine.available_memory() == 2 * GIB
 
 
 def test_a_limit_of_cgroup_1_bounds_memory(cgroup: Path) -> None:
     memory = cgroup / "memory"
     write(memory, memory__limit_in_bytes=4 * GIB, memory__usage_in_bytes=3 * GIB)
-    assert machine.available_memory(CPU) == 1 * GIB
+    assert machine.available_memory() == 1 * GIB
     write(memory, memory__limit_in_bytes=9223372036854771712)
-    assert machine.available_memory(CPU) == 10 * GIB
+    assert machine.available_memory() == 10 * GIB
