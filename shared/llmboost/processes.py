@@ -272,7 +272,7 @@ class Processes:
                     kept.child.kill()
             try:
                 self._tend()
-            except (ProcessesError, EmbeddedRedisError):
+            except Exception:
                 self._killing = True  # what the streams need can't be had any more: nothing to wait for
 
 

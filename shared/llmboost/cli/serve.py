@@ -28,8 +28,10 @@ def serve(settings: ServeSettings) -> int:
         else:
             processes.request_kill()
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, on_signal)
+    signal.signal(signal.SIGINT, on_signal)
+    signal.signal(signal.SIGTERM, on_signal)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        signal.signal(signal.SIGHUP, on_signal)
     try:
         if processes.start():
             print(banner(settings, processes.url, processes.model), flush=True)
