@@ -63,13 +63,12 @@ class Streams:
 
 @pytest.mark.parametrize("name", ["openai_sync.py", "openai_async.py"])
 async def test_openai_example(system: System, streams: TokenStreams, tmp_path: Path, name: str) -> None:
-    """The example prints, token by token, all that the worker wrote. It then prints `None`: by OpenAI's
-    protocol, and the documentation's, the last chunk has an empty delta, which has no content."""
+    """The example prints, token by token, all that the worker wrote, and nothing else."""
     async with Streams(streams) as made:
         printed = await run(sys.executable, str(example(name, tmp_path, system)))
         written = await made.text()
     assert written.strip()
-    assert printed == f"{written}None\n"
+    assert printed == f"{written}\n"
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
@@ -103,5 +102,6 @@ def assert_documented_form(frames: list[Frame]) -> None:
         assert chunk["model"] == SEED_NAME
         assert type(chunk["created"]) is int
         first, last = number == 0, number == len(chunks) - 1
-        assert choice["delta"].keys() == (set() if last else {"role", "content"} if first else {"content"})
+        assert choice["delta"].keys() == ({"role", "content"} if first else {"content"})
+        assert (choice["delta"]["content"] == "") == last
         assert (choice["finish_reason"] is not None) == last
