@@ -195,6 +195,20 @@ class Generator:
                 StreamError(error.message, "invalid_request_error", error.code, error.param, status=400)
             ) from error
 
+    def _check_bias(self, job: GenerationJob) -> None:
+        unknown = [token for token in job.sampling.logit_bias if not 0 <= token < self._info.vocab_size]
+        if unknown:
+            raise Refused(
+                StreamError(
+                    f"logit_bias names token {unknown[0]}, but this model's token ids are whole numbers from "
+                    f"0 to {self._info.vocab_size - 1}. Was it made for another model's tokenizer?",
+                    "invalid_request_error",
+                    "invalid_token_id",
+                    "logit_bias",
+                    status=400,
+                )
+            )
+
     def _max_tokens(self, job: GenerationJob, prompt_tokens: int) -> int:
         """Output tokens that the request may have; all that fit if it doesn't say."""
         longest = self._info.max_model_len
