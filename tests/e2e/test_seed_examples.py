@@ -1,7 +1,9 @@
-"""The documentation's examples as they are written: only the port is another, and for the SDK the model."""
+"""The documentation's examples as they are written: only the port is another, and where the SDK starts
+its own worker, the model."""
 
 import asyncio
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 from llmboost.entries import Delta
 from llmboost.streams import TokenStreams
 from tests.commands import Command
-from tests.e2e.system import SEED_NAME, System
+from tests.e2e.system import MODEL, SEED_NAME, System
 from tests.integration.api_pod import Frame, frames_of
 
 EXAMPLES = Path(__file__).parent / "seed"
@@ -27,16 +29,17 @@ def example(name: str, folder: Path, system: System) -> Path:
     return copy
 
 
-async def run(*command: str) -> str:
-    """What a command prints; it must end by itself, and well."""
-    with Command(command) as running:
+async def run(*command: str, env: dict[str, str] | None = None) -> str:
+    """What a command prints; it must end by itself, well, and leave nothing behind."""
+    with Command(command, env=env) as running:
         code = await asyncio.to_thread(running.wait, 60)
         assert code == 0, running.log
+        assert running.family() == []
         return "\n".join(running.out) + "\n"
 
 
 class Streams:
-    """Which streams a piece of a test has made."""
+    """The streams that are made within a `with`."""
 
     def __init__(self, streams: TokenStreams) -> None:
         self.streams = streams
@@ -53,23 +56,27 @@ class Streams:
         pass
 
     async def text(self) -> str:
-        """What the worker wrote into the one new stream."""
-        (key,) = await self.keys() - self.before
-        job_id = key.decode().partition("{")[2].rstrip("}")
-        entries = await self.streams.read(job_id)
-        deltas = [entry for _, entry in entries if isinstance(entry, Delta)]
-        return "".join(choice.text for delta in deltas for choice in delta.choices)
+        """What the worker wrote into the one stream with generated tokens (rendering a template makes one
+        without)."""
+        ids = [key.decode().partition("{")[2].rstrip("}") for key in await self.keys() - self.before]
+        logs = [[entry for _, entry in await self.streams.read(job_id)] for job_id in ids]
+        answers = []
+        for log in logs:
+            choices = [choice for entry in log if isinstance(entry, Delta) for choice in entry.choices]
+            if any(choice.token_ids for choice in choices):
+                answers.append("".join(choice.text for choice in choices))
+        (answer,) = answers
+        return answer
 
 
 @pytest.mark.parametrize("name", ["openai_sync.py", "openai_async.py"])
 async def test_openai_example(system: System, streams: TokenStreams, tmp_path: Path, name: str) -> None:
-    """The example prints, token by token, all that the worker wrote. It then prints `None`: by OpenAI's
-    protocol, and the documentation's, the last chunk has an empty delta, which has no content."""
+    """The example prints, token by token, all that the worker wrote, and nothing else."""
     async with Streams(streams) as made:
         printed = await run(sys.executable, str(example(name, tmp_path, system)))
         written = await made.text()
     assert written.strip()
-    assert printed == f"{written}None\n"
+    assert printed == f"{written}\n"
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
@@ -103,5 +110,34 @@ def assert_documented_form(frames: list[Frame]) -> None:
         assert chunk["model"] == SEED_NAME
         assert type(chunk["created"]) is int
         first, last = number == 0, number == len(chunks) - 1
-        assert choice["delta"].keys() == (set() if last else {"role", "content"} if first else {"content"})
+        assert choice["delta"].keys() == ({"role", "content"} if first else {"content"})
+        assert (choice["delta"]["content"] == "") == last
         assert (choice["finish_reason"] is not None) == last
+
+
+SDK = ["sdk_sync.py", "sdk_async.py"]
+
+
+@pytest.mark.parametrize("name", SDK)
+async def test_sdk_example_on_a_running_system(system: System, streams: TokenStreams, name: str) -> None:
+    """The file as it is, not a letter changed; LLMBOOST_REDIS_URL names the system, which serves the model
+    under the example's name. It prints what the worker wrote."""
+    async with Streams(streams) as made:
+        env = {"LLMBOOST_REDIS_URL": system.redis_url}
+        printed = await run(sys.executable, str(EXAMPLES / name), env=env)
+        written = await made.text()
+    assert written.strip()
+    assert printed == f"{written}\n"
+
+
+@pytest.mark.parametrize("name", SDK)
+async def test_sdk_example_with_processes_of_its_own(tmp_path: Path, name: str) -> None:
+    """With another model's name, the example starts all it needs, prints a story, and leaves nothing."""
+    written = (EXAMPLES / name).read_text()
+    assert written.count(SEED_NAME) == 1
+    copy = tmp_path / name
+    copy.write_text(written.replace(SEED_NAME, MODEL))
+    printed = await run(sys.executable, str(copy), env={"LLMBOOST_THREADS": "1", "TMPDIR": str(tmp_path)})
+    assert len(printed.split()) > 3
+    left = [each for each in os.listdir(tmp_path) if not each.startswith("torchinductor")]  # torch's own
+    assert left == [name]

@@ -1,6 +1,5 @@
 """Each sampling parameter against transformers' processors, and the draw against its distribution."""
 
-import math
 from typing import Any
 
 import pytest
@@ -103,9 +102,9 @@ PARAMETERS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=str)
 def test_each_parameter_gives_the_distribution_of_its_reference(parameters: dict[str, Any]) -> None:
     logits, one = random_logits(1), sequence(**parameters)
-    torch.testing.assert_close(
-        probabilities(logits, [one])[0], expected(logits[0], one), rtol=1e-4, atol=1e-7
-    )
+    drawn, reference = probabilities(logits, [one])[0], expected(logits[0], one)
+    torch.testing.assert_close(drawn, reference, rtol=1e-4, atol=1e-7)
+    assert torch.equal(drawn > 0, reference > 0), "what is excluded must not be drawn, however improbable"
 
 
 def test_every_row_of_a_mixed_batch_is_drawn_by_its_own_parameters() -> None:
@@ -156,16 +155,19 @@ def test_draws_of_many_seeds_follow_the_distribution(temperature: float) -> None
     assert float(((counts - share) ** 2 / share).sum()) < 27.9
 
 
-def test_positions_and_choices_of_one_seed_draw_independently() -> None:
-    """Pairs of consecutive positions, and of neighbouring choices, fill a 4 x 4 table evenly (chi-square, 15
-    degrees of freedom, 99.9 %)."""
-    states = [randomness.stream(7, choice) for choice in range(200)]
-    table = [[randomness.uniform(state, position) for position in range(41)] for state in states]
-    along = [(row[i], row[i + 1]) for row in table for i in range(0, 40, 2)]
-    across = [(table[i][p], table[i + 1][p]) for i in range(0, 200, 2) for p in range(40)]
-    for pairs in (along, across):
-        cells = torch.bincount(torch.tensor([int(4 * a) * 4 + int(4 * b) for a, b in pairs]), minlength=16)
-        share = len(pairs) / 16
+def test_positions_choices_and_tokens_of_one_seed_draw_independently() -> None:
+    """Pairs of consecutive positions, of neighbouring choices and of neighbouring tokens fill a 4 x 4 table
+    evenly (chi-square, 15 degrees of freedom, 99.9 %)."""
+    keys = [randomness.key(randomness.stream(7, c), p) for c in range(60) for p in range(40)]
+    times = randomness.exponentials(keys, 100, torch.device("cpu")).view(60, 40, 100)
+    quarters = (4 * (1 - (-times).exp())).long().clamp(max=3)
+    for one, other in (
+        (quarters[:, 0::2], quarters[:, 1::2]),
+        (quarters[0::2], quarters[1::2]),
+        (quarters[:, :, 0::2], quarters[:, :, 1::2]),
+    ):
+        cells = torch.bincount((one * 4 + other).flatten(), minlength=16)
+        share = one.numel() / 16
         assert float(((cells - share) ** 2 / share).sum()) < 37.7
 
 
@@ -177,22 +179,40 @@ def test_random_numbers_are_splitmix64s() -> None:
 
 @given(st.integers(-(2**63), 2**64), st.integers(0, 1000), st.integers(0, 10**6))
 def test_random_numbers_are_in_range_for_every_seed(seed: int, choice: int, position: int) -> None:
-    assert 0 <= randomness.uniform(randomness.stream(seed, choice), position) < 1
+    key = randomness.key(randomness.stream(seed, choice), position)
+    times = randomness.exponentials([key], 50, torch.device("cpu"))
+    assert (times > 0).all()
+    assert times.isfinite().all()
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     weights=st.lists(st.sampled_from([0.0, 1e-30, 1e-7, 0.3, 1.0]), min_size=1, max_size=700).filter(any),
-    uniform=st.sampled_from([0.0, 2.0**-53, 0.25, 0.5, 0.999, 1 - 2.0**-53]),
+    key=st.integers(0, 2**64 - 1),
 )
-def test_a_draw_is_the_inverse_of_the_cumulative_distribution(weights: list[float], uniform: float) -> None:
-    """And never a token of weight 0, whatever rounding does at the ends."""
-    row = torch.tensor([weights])
-    token = int(sampler.invert(row, torch.tensor([uniform], dtype=torch.float64))[0])
-    assert weights[token] > 0
-    mass = [math.fsum(row[0, :i].tolist()) for i in (token, token + 1)]
-    total = math.fsum(row[0].tolist())
-    assert mass[0] - 1e-9 * total <= uniform * total <= mass[1] + 1e-9 * total
+def test_a_token_of_weight_0_never_wins(weights: list[float], key: int) -> None:
+    assert weights[int(sampler.race(torch.tensor([weights]), [key])[0])] > 0
+
+
+def test_a_batch_of_many_rows_draws_as_its_rows_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random numbers are made for some rows at a time."""
+    weights, keys = random_logits(7).exp(), [randomness.key(1, i) for i in range(7)]
+    expected = [int(sampler.race(weights[i : i + 1], keys[i : i + 1])[0]) for i in range(7)]
+    monkeypatch.setattr(sampler, "CHUNK", 2 * VOCAB)
+    assert sampler.race(weights, keys).tolist() == expected
+
+
+def test_rounding_elsewhere_in_the_row_does_not_change_a_draw() -> None:
+    """The last bits of logits differ from batch to batch. In a flat tail of many unlikely tokens, where a
+    cumulative distribution would be shifted by whole tokens, they change next to no draw."""
+    generator = torch.Generator().manual_seed(3)
+    tail = torch.rand(1, 20_000, generator=generator) * 1e-6
+    weights = torch.cat([torch.full((1, 4), 0.1), tail], dim=1)
+    shaken = weights * (1 + 1e-6 * torch.randn(1, weights.shape[1], generator=generator))
+    keys = [randomness.key(5, position) for position in range(500)]
+    drawn = sampler.race(weights.expand(500, -1), keys)
+    assert int((drawn >= 4).sum()) > 5
+    assert drawn.tolist() == sampler.race(shaken.expand(500, -1), keys).tolist()
 
 
 def test_neighbours_in_the_batch_do_not_change_a_draw() -> None:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmboost.jobs import Prompt
-from llmboost_worker.text import PromptError, Tokenizer, encode_prompt, render_prompt
+from llmboost_worker.text import PromptError, PromptTooLong, Tokenizer, encode_prompt, render_prompt
 from llmboost_worker.text.template import plain_messages
 from tests.unit.text_tokenizers import byte_level, byte_level_of_transformers, token_id
 
@@ -218,3 +218,23 @@ def test_any_content_is_rendered_or_refused_never_worse(text: str) -> None:
     """Whatever a user writes, the prompt holds it or the error is a PromptError."""
     assert text in render_prompt(byte_level(), Prompt(messages=[{"role": "user", "content": text}]))
     encode_prompt(byte_level(), Prompt(messages=[{"role": "user", "content": text}]))
+
+
+def test_a_prompt_far_beyond_the_context_is_not_encoded() -> None:
+    """Megabytes that can't fit are refused by their beginning, with a length that they surely have; a prompt
+    that is a little too long is still counted to the token, and one that fits is untouched."""
+    context = 10
+    huge = Prompt(text="word " * 1_000_000)
+    tokenizer = byte_level()
+    encoded: list[int] = []
+    encode = tokenizer.encode
+    tokenizer.encode = lambda text, add: encoded.append(len(text)) or encode(text, add)  # type: ignore[method-assign]
+    try:
+        with pytest.raises(PromptTooLong) as raised:
+            encode_prompt(tokenizer, huge, context=context)
+        assert sum(encoded) < 1000
+        assert context < raised.value.at_least <= 4_000_000
+        near = Prompt(text="word " * 12)
+        assert encode_prompt(tokenizer, near, context=context) == encode_prompt(tokenizer, near)
+    finally:
+        del tokenizer.encode  # type: ignore[method-assign]

@@ -21,7 +21,14 @@ from llmboost_worker.engine.interface import (
     StepOutput,
 )
 from llmboost_worker.publisher import Outbox, Publisher
-from llmboost_worker.text import ChoiceText, PromptError, Tokenizer, encode_prompt, render_prompt
+from llmboost_worker.text import (
+    ChoiceText,
+    PromptError,
+    PromptTooLong,
+    Tokenizer,
+    encode_prompt,
+    render_prompt,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -176,12 +183,13 @@ class Generator:
     async def _encode(self, job: GenerationJob) -> list[int]:
         prompt = job.prompt
         size = len(prompt.text or "") + sum(len(str(message)) for message in prompt.messages or ())
+        arguments = (self._tokenizer, prompt, self._info.vocab_size, job.created, self._info.max_model_len)
         try:
             if size > LONG_TEXT:
-                return await asyncio.to_thread(
-                    encode_prompt, self._tokenizer, prompt, self._info.vocab_size, job.created
-                )
-            return encode_prompt(self._tokenizer, prompt, self._info.vocab_size, job.created)
+                return await asyncio.to_thread(encode_prompt, *arguments)
+            return encode_prompt(*arguments)
+        except PromptTooLong as error:
+            raise self._too_long(job, f"more than {error.at_least}") from error
         except PromptError as error:
             raise Refused(
                 StreamError(error.message, "invalid_request_error", error.code, error.param, status=400)
@@ -209,17 +217,16 @@ class Generator:
             return asked
         if asked is None and prompt_tokens < longest:
             return longest - prompt_tokens
-        param = "messages" if job.prompt.messages is not None else "prompt"
         wanted = "" if asked is None else f" and {asked} for the completion, {prompt_tokens + asked} in all"
-        remedy = (
-            f"Shorten the {param}."
-            if prompt_tokens >= longest
-            else f"Shorten the {param} or ask for at most {longest - prompt_tokens} tokens."
-        )
-        raise Refused(
+        remedy = "" if prompt_tokens >= longest else f" or ask for at most {longest - prompt_tokens} tokens"
+        raise self._too_long(job, str(prompt_tokens), wanted, remedy)
+
+    def _too_long(self, job: GenerationJob, has: str, wanted: str = "", remedy: str = "") -> Refused:
+        param = "messages" if job.prompt.messages is not None else "prompt"
+        return Refused(
             StreamError(
-                f"This model's maximum context length is {longest} tokens, but the request has "
-                f"{prompt_tokens} tokens in the {param}{wanted}. {remedy}",
+                f"This model's maximum context length is {self._info.max_model_len} tokens, but the request "
+                f"has {has} tokens in the {param}{wanted}. Shorten the {param}{remedy}.",
                 "invalid_request_error",
                 "context_length_exceeded",
                 param,

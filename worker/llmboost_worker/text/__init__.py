@@ -7,7 +7,7 @@ ids that it had emitted, so the text that follows must be what the unbroken sequ
 
 from llmboost_worker.text.choice import ChoiceText, TextDelta
 from llmboost_worker.text.detokenizer import Detokenizer
-from llmboost_worker.text.errors import PromptError, TextError, TokenizerError
+from llmboost_worker.text.errors import PromptError, PromptTooLong, TextError, TokenizerError
 from llmboost_worker.text.prompt import encode_prompt, render_prompt
 from llmboost_worker.text.stops import StopStrings
 from llmboost_worker.text.tokenizer import Tokenizer
@@ -16,6 +16,7 @@ __all__ = [
     "ChoiceText",
     "Detokenizer",
     "PromptError",
+    "PromptTooLong",
     "StopStrings",
     "TextDelta",
     "TextError",

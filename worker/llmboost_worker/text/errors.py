@@ -23,3 +23,17 @@ class PromptError(TextError):
         self.message = message
         self.param = param
         self.code = code
+
+
+class PromptTooLong(PromptError):
+    """The prompt is so far beyond the context that it isn't worth its encoding.
+
+    Attributes:
+        at_least: Tokens that it has, of perhaps many more.
+    """
+
+    def __init__(self, at_least: int, param: str) -> None:
+        super().__init__(
+            f"The {param} has more than {at_least} tokens.", param=param, code="context_length_exceeded"
+        )
+        self.at_least = at_least
