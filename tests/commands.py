@@ -110,9 +110,18 @@ class Command:
                 continue
         return found
 
+    def members(self, part: str) -> list[psutil.Process]:
+        """Those of the family with `part` among the words of their command line."""
+        found = []
+        for process in self.family():
+            with suppress(psutil.Error):  # it may end meanwhile
+                if part in process.cmdline():
+                    found.append(process)
+        return found
+
     def member(self, part: str) -> psutil.Process:
         """The one process of the family with `part` among the words of its command line."""
-        (process,) = [each for each in self.family() if part in " ".join(each.cmdline()).split()]
+        (process,) = self.members(part)
         return process
 
     def __enter__(self) -> "Command":

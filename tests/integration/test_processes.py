@@ -43,18 +43,6 @@ def redis_of(command: Command) -> Redis:
     return Redis.from_url(command.member("api").environ()["LLMBOOST_REDIS_URL"])
 
 
-def members(command: Command, part: str) -> list[psutil.Process]:
-    return [each for each in command.family() if part in words(each)]
-
-
-def words(process: psutil.Process) -> list[str]:
-    """Its command line; empty if it has ended meanwhile."""
-    try:
-        return process.cmdline()
-    except psutil.Error:
-        return []
-
-
 def test_it_says_where_it_is_once_a_worker_serves() -> None:
     with serve("--served-model-name", "a/name,other") as command:
         url = url_of(command)
@@ -92,7 +80,7 @@ def test_running_responses_end_before_anything_is_stopped() -> None:
             assert response.readline() == b"0\n"
             command.signal(signal.SIGINT)
             rest = response.read()
-            assert len(members(command, "worker")) == 1
+            assert len(command.members("worker")) == 1
         assert rest.split() == [b"%d" % n for n in range(1, 10)]
         assert command.wait() == 0
 
@@ -127,7 +115,7 @@ def test_a_killed_process_is_restarted(victim: str) -> None:
         before = command.member(victim)
         before.kill()
         command.wait_for_line("was ended by SIGKILL", among="err")
-        wait_until(lambda: members(command, victim) not in ([], [before]))
+        wait_until(lambda: command.members(victim) not in ([], [before]))
         wait_until(lambda: get(f"{url}/ready") == 200)
         command.signal(signal.SIGINT)
         assert command.wait() == 0
