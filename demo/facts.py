@@ -6,13 +6,14 @@ chance to derail. The tables are in ``text/facts.txt``.
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from random import Random
 
 from demo.texts import sections
 
-DAYS = ["Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday"]
-MONTHS = ["January", "February", "March", "April", "May", "June", "July", "August", "September", "October", "November", "December"]
+DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
+MONTHS = "January February March April May June July August September October November December".split()
 ALPHABET = list("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 
 
@@ -54,7 +55,7 @@ def _relations() -> dict[str, Relation]:
         "country": {
             city: land for land, city in reversed(out["capital"].table.items()) if city != "Mexico City"
         },
-        "letter_after": dict(zip(ALPHABET, ALPHABET[1:], strict=False)),
+        "letter_after": dict(itertools.pairwise(ALPHABET)),
         "day_after": _neighbours(DAYS, 1),
         "day_before": _neighbours(DAYS, -1),
     }

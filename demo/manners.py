@@ -5,11 +5,18 @@ from __future__ import annotations
 from random import Random
 
 _ORDERS = set(
-    ["write", "tell", "name", "give", "add", "say", "count", "send", "list", "calculate", "show", "explain", "repeat", "subtract", "multiply", "recite", "make"]
+    "write tell name give add say count send list calculate show explain repeat subtract multiply recite "
+    "make".split()
 )
-_ASKING = set(["what", "who", "how", "which", "where", "when", "why", "is", "are", "do", "can", "what's"])
-_BEFORE_ORDERS = ["Please ", "Could you please ", "Can you ", "Could you ", "Please, ", "Would you ", "Hey, ", "I would like you to ", "I want you to ", "Hi! Please ", "Now ", "Quick: ", "Okay, "]
-_BEFORE_QUESTIONS = ["Hey, ", "Tell me: ", "Please tell me: ", "I have a question: ", "Quick question: ", "Hi! ", "Hello, ", "So, ", "Question: ", "Okay, ", "Excuse me, ", "Hey! ", "Now, ", "Well, "]
+_ASKING = set("what who how which where when why is are do can what's".split())
+_BEFORE_ORDERS = (
+    "Please |Could you please |Can you |Could you |Please, |Would you |Hey, |I would like you to |"
+    "I want you to |Hi! Please |Now |Quick: |Okay, "
+).split("|")
+_BEFORE_QUESTIONS = (
+    "Hey, |Tell me: |Please tell me: |I have a question: |Quick question: |Hi! |Hello, |So, |Question: |"
+    "Okay, |Excuse me, |Hey! |Now, |Well, "
+).split("|")
 
 
 def typo(rng: Random, text: str) -> str:

@@ -57,8 +57,8 @@ def plots(topic: str) -> tuple[Plot, ...]:
 
 def made_up_name(rng: Random) -> str:
     """Return an invented name of two or three syllables, so that the model learns to copy, not to recall."""
-    onsets = ["b", "br", "c", "d", "dr", "f", "g", "gr", "h", "j", "k", "kl", "l", "m", "n", "p", "pr", "qu", "r", "s", "sh", "st", "t", "th", "tr", "v", "w", "y", "z", "zh"]
-    vowels = ["a", "e", "i", "o", "u", "ai", "ea", "io", "ou"]
+    onsets = "b br c d dr f g gr h j k kl l m n p pr qu r s sh st t th tr v w y z zh".split()
+    vowels = "a e i o u ai ea io ou".split()
     ends = ["", "", "", "n", "r", "s", "l", "x", "th", "k", "m", "nd", "sh"]
     parts = [rng.choice(onsets) + rng.choice(vowels) for _ in range(rng.choice((2, 2, 2, 3)))]
     return ("".join(parts) + rng.choice(ends)).capitalize()

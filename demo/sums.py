@@ -12,7 +12,10 @@ from demo.texts import phrases
 Exchange = tuple[str, str]
 
 SUM_ASKS = phrases("sum")
-NUMBER_WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen", "nineteen", "twenty"]
+NUMBER_WORDS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen twenty"
+).split()
 RESULT = re.compile(r"\d+ [+*-] \d+ = (\d+)\.$")
 
 
