@@ -1,9 +1,14 @@
 """From logits to tokens, for a whole batch at once and each sequence by its own parameters.
 
 Temperature, top_k, top_p and min_p, in transformers' order. Since all three filters keep the tokens above
-some logit, each row ends with one threshold; the token is then the inverse, at a random number that depends
-only on (seed, choice, position), of the cumulative distribution in the order of the vocabulary. That order
-makes a draw indifferent to near-ties between ranks, and nothing in a row depends on other rows.
+some logit, each row ends with one threshold. Among what is left the token is drawn by a race: each takes an
+exponentially distributed time, a function of (seed, choice, position, token) alone, divided by its
+probability, and the first wins (the Gumbel-max trick, without logarithms).
+
+A race because nothing in a row may depend on other rows, and rounding does: the forward's last digits change
+with the shape of the batch. Inverting the cumulative distribution moves every one of its steps by that, one
+per token of the vocabulary, and the random number fell between two such steps once in 2,000 tokens. A race
+changes its winner only if the first two are as close as the rounding: once in millions.
 """
 
 import math
@@ -25,7 +30,7 @@ COLDEST = 1e-6
 subnormal."""
 
 BLOCK = 256
-"""Tokens whose probabilities are summed before the search goes into one block."""
+"""Tokens that race together, after their block has won against the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +56,7 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Draw]:
         index = torch.tensor(rows, device=logits.device)
         random = [sequences[i] for i in rows]
         weights = weigh(logits[index] - best[index, None], random)
-        uniforms = [randomness.uniform(one.random_state, one.num_output) for one in random]
-        drawn = invert(weights, torch.tensor(uniforms, dtype=torch.float64, device=logits.device))
+        drawn = race(weights, [randomness.key(one.random_state, one.num_output) for one in random])
         tokens = tokens.index_copy(0, index, drawn)
     ids = tokens.tolist()
     reported = logprobs.report(ids) if logprobs else {}
@@ -154,15 +158,15 @@ def _nucleus_among(
     return ranked.gather(1, kept[:, None] - 1)[:, 0], complete
 
 
-def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
-    """The token at which the cumulative distribution passes the random number, in the order of the
-    vocabulary.
+def race(weights: Tensor, keys: list[int]) -> Tensor:
+    """Draws a token of each row, with a probability proportional to its weight.
 
-    Sums in float64, first of whole blocks of tokens, then within the block that the number falls into: the
-    same as one cumulative sum, at a tenth of its cost.
+    First whole blocks of tokens race, then the tokens of the block that won: the same distribution, for a few
+    hundred random numbers instead of one per token of the vocabulary.
 
     Args:
-        weights: [rows, vocabulary], float32, not negative, not all 0 uniforms: [rows], float64, in [0, 1)
+        weights: [rows, vocabulary], float32, not negative, not all 0
+        keys: [rows], of `randomness.key`
 
     Returns:
         [rows], int64; never a token of weight 0
@@ -170,22 +174,16 @@ def invert(weights: Tensor, uniforms: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % BLOCK))
     blocks = padded.view(len(weights), -1, BLOCK)
     rows = torch.arange(len(weights), device=weights.device)
-    block, left = _search(blocks.sum(-1, dtype=torch.float64), uniforms)
-    inside, _ = _search(blocks[rows, block].double(), left)
+    numbers = torch.arange(max(BLOCK, blocks.shape[1]), device=weights.device)
+    block = _first(blocks.sum(-1, dtype=torch.float64), keys, numbers[None, : blocks.shape[1]])
+    tokens = block[:, None] * BLOCK + numbers[:BLOCK]
+    inside = _first(blocks[rows, block].double(), keys, tokens + blocks.shape[1])
     return block * BLOCK + inside
 
 
-def _search(weights: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
-    """The entry of [rows, n] that each number falls into, and how far into it, in [0, 1)."""
-    mass = weights.cumsum(1)
-    total = mass[:, -1:]
-    # Rounding could carry a number near 1 to the total, past every entry. Below the total, the first sum
-    # above the target belongs to an entry of positive weight.
-    target = torch.minimum(uniforms[:, None] * total, total.nextafter(torch.zeros_like(total)))
-    index = torch.searchsorted(mass, target, right=True)
-    weight = weights.gather(1, index)
-    fraction = (target - (mass.gather(1, index) - weight)) / weight
-    return index[:, 0], fraction[:, 0].clamp_(0, 1 - 2**-53)
+def _first(rates: Tensor, keys: list[int], candidates: Tensor) -> Tensor:
+    """Who wins among [rows, n] candidates, named by numbers of which none is used twice with a key. [rows]"""
+    return (randomness.exponentials(keys, candidates) / rates).argmin(1)
 
 
 class _Logprobs:
