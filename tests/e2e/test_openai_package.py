@@ -86,7 +86,7 @@ async def test_pings_and_ids_are_on(system: System) -> None:
     before_the_end = response.text[: response.text.rindex("data: {")]
     assert before_the_end.count(": ping\n") >= 3
     ids = [tuple(map(int, frame.id.split("-"))) for frame in frames if frame.id]
-    assert len(ids) > SLOW / 2
+    assert len(ids) >= 10  # a busy server sends several tokens in one
     assert ids == sorted(set(ids))
     assert frames[-1].data == "[DONE]"
 

@@ -1,16 +1,14 @@
 """Random numbers that depend on where a token stands, not on what was drawn before it.
 
 A resumed sequence must draw what the unbroken one would have drawn, and a sequence must not notice its
-neighbours in the batch. So there is no generator with a state: the number for a position is a hash of
-(seed, choice, position).
+neighbours in the batch. So there is no generator with a state: each candidate at a position has a number of
+its own, a hash of (seed, choice, position, candidate).
 
-The hash of a position is SplitMix64 (Steele, Lea & Flood, "Fast Splittable Pseudorandom Number
-Generators", OOPSLA 2014; constants of its finaliser as in Vigna's public-domain splitmix64.c). Its n-th
-output is `mix(state + n * GAMMA)`, so any position is reached in one step. The state of a choice is a mix
-of the seed's mix and the choice: neighbouring seeds and choices share nothing.
+The hash is SplitMix64 (Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014;
+constants of its finaliser as in Vigna's public-domain splitmix64.c). Its n-th output is
+`mix(state + n * GAMMA)`, so any position is reached in one step. The state of a choice is a mix of the
+seed's mix and the choice: neighbouring seeds and choices share nothing.
 """
-
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -34,44 +32,37 @@ def stream(seed: int, choice: int) -> int:
 
 
 def key(state: int, position: int) -> int:
-    """64 random bits for a position."""
+    """The state that all candidates for one position share."""
     return mix(state + (position + 1) * GAMMA)
 
 
-def exponentials(keys: list[int], size: int, device: torch.device) -> Tensor:
-    """Exponentially distributed numbers (rate 1), each a function of its row's key and its column alone.
+def exponentials(keys: list[int], candidates: Tensor) -> Tensor:
+    """Independent draws of the exponential distribution of mean 1, none of them 0.
 
-    Multiplies and shifts 32-bit integers as MurmurHash3's finaliser does (Appleby, public domain). 31 bits
-    make the smallest number 2e-10, with the precision of float32 there, where races are won.
+    Args:
+        keys: [rows], of `key`
+        candidates: [rows or 1, n], int64, not negative
 
     Returns:
-        [len(keys), size], float32, positive and finite
+        [rows, n], float64
     """
-    low = torch.tensor([_int32(key) for key in keys], dtype=torch.int32, device=device)[:, None]
-    high = torch.tensor([_int32(key >> 32 | 1) for key in keys], dtype=torch.int32, device=device)[:, None]
-    bits = _finalise((_columns(size, device) ^ low) * high) & 0x7FFFFFFF
-    uniforms = bits.float().add_(0.5).mul_(2.0**-31)
-    # Rounding carries the largest to 1, whose logarithm is infinite.
-    return uniforms.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
+    rows = torch.tensor([_signed(each) for each in keys], device=candidates.device)
+    bits = _mix_all(rows[:, None] + (candidates + 1) * _signed(GAMMA))
+    return -((_shift(bits, 12).double() + 0.5) * 2.0**-52).log()
 
 
-@lru_cache(maxsize=4)
-def _columns(size: int, device: torch.device) -> Tensor:
-    """A scrambled number for each column. [size]"""
-    return _finalise(torch.arange(1, size + 1, dtype=torch.int32, device=device) * _int32(GAMMA >> 32))
+def _mix_all(x: Tensor) -> Tensor:
+    """`mix` of int64s, whose products wrap around as they should."""
+    x = (x ^ _shift(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift(x, 31)
 
 
-def _finalise(x: Tensor) -> Tensor:
-    """MurmurHash3's fmix32 of int32, in place; shifts keep the sign, so it is masked off."""
-    x ^= (x >> 16) & 0xFFFF
-    x *= _int32(0x85EBCA6B)
-    x ^= (x >> 13) & 0x7FFFF
-    x *= _int32(0xC2B2AE35)
-    x ^= (x >> 16) & 0xFFFF
-    return x
+def _shift(x: Tensor, by: int) -> Tensor:
+    """To the right, filled with zeros: torch's own fills with the sign."""
+    return (x >> by) & ((1 << (64 - by)) - 1)
 
 
-def _int32(x: int) -> int:
-    """The low 32 bits as a signed integer."""
-    x &= 0xFFFFFFFF
-    return x - (1 << 32) if x >> 31 else x
+def _signed(x: int) -> int:
+    """The int64 of the same 64 bits."""
+    return x - (1 << 64) if x >> 63 else x
