@@ -103,9 +103,9 @@ PARAMETERS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=str)
 def test_each_parameter_gives_the_distribution_of_its_reference(parameters: dict[str, Any]) -> None:
     logits, one = random_logits(1), sequence(**parameters)
-    torch.testing.assert_close(
-        probabilities(logits, [one])[0], expected(logits[0], one), rtol=1e-4, atol=1e-7
-    )
+    drawn, reference = probabilities(logits, [one])[0], expected(logits[0], one)
+    torch.testing.assert_close(drawn, reference, rtol=1e-4, atol=1e-7)
+    assert torch.equal(drawn > 0, reference > 0), "what is excluded must not be drawn, however improbable"
 
 
 def test_every_row_of_a_mixed_batch_is_drawn_by_its_own_parameters() -> None:

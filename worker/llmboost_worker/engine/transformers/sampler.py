@@ -1,7 +1,7 @@
 """From logits to tokens, for a whole batch at once and each sequence by its own parameters.
 
 Temperature, top_k, top_p and min_p, in transformers' order. Since all three filters keep the tokens above
-some logit, each row ends with one threshold. Among what is left the token is drawn by a race: each takes an
+some weight, each row ends with one threshold. Among what is left the token is drawn by a race: each takes an
 exponentially distributed time, a function of (seed, choice, position, token) alone, divided by its
 probability, and the first wins (the Gumbel-max trick, without logarithms).
 
@@ -29,6 +29,10 @@ COLDEST = 1e-6
 """Temperatures below behave like this one, which tells logits apart that differ by 1e-4: no division by a
 subnormal."""
 
+LEAST = -80.0
+"""Tokens that are e^80 times less likely than the best are never drawn. Below this exp gets ten to a hundred
+times slower, on its way to subnormal numbers."""
+
 BLOCK = 256
 """Tokens that race together, after their block has won against the others."""
 
@@ -55,7 +59,8 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Draw]:
     if rows:
         index = torch.tensor(rows, device=logits.device)
         random = [sequences[i] for i in rows]
-        weights = weigh(logits[index] - best[index, None], random)
+        among = logits if len(rows) == len(sequences) else logits[index]
+        weights = weigh(among.sub_(best[index, None]), random)
         drawn = race(weights, [randomness.key(one.random_state, one.num_output) for one in random])
         tokens = tokens.index_copy(0, index, drawn)
     ids = tokens.tolist()
@@ -75,87 +80,72 @@ def _why(row: Tensor) -> str:
 
 
 def weigh(scores: Tensor, sequences: list[Sequence]) -> Tensor:
-    """The probabilities by which each row draws, up to a factor.
+    """The probabilities by which each row draws, relative to its most likely token's.
 
     Args:
         scores: [rows, vocabulary], logits less their row's maximum; overwritten
     """
-    temperatures = [max(sequence.sampling.temperature, COLDEST) for sequence in sequences]
-    if any(temperature != 1.0 for temperature in temperatures):
-        scores /= torch.tensor(temperatures, device=scores.device)[:, None]
-    thresholds = _thresholds(scores, sequences)
-    if thresholds is not None:
-        scores.masked_fill_(scores < thresholds[:, None], -torch.inf)
-    return scores.exp_()
-
-
-def _thresholds(scores: Tensor, sequences: list[Sequence]) -> Tensor | None:
-    """The least score that each row may draw, or None where no row has a filter. [rows]"""
     params = [sequence.sampling for sequence in sequences]
-    if not any(p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params):
-        return None
-    thresholds = torch.tensor(
-        [math.log(min(p.min_p, 1.0)) if p.min_p > 0 else -math.inf for p in params], device=scores.device
-    )
+    if any(p.temperature != 1 for p in params):
+        scores /= torch.tensor([max(p.temperature, COLDEST) for p in params], device=scores.device)[:, None]
+    weights = scores.clamp_(min=LEAST).exp_()
+    thresholds = torch.tensor([max(p.min_p, math.exp(LEAST) * 1.001) for p in params], device=scores.device)
     rows = [i for i, p in enumerate(params) if 0 < p.top_k < scores.shape[1] or p.top_p < 1]
     if rows:
         index = torch.tensor(rows, device=scores.device)
-        among = scores if len(rows) == len(params) else scores[index]
+        among = weights if len(rows) == len(params) else weights[index]
         found = nucleus(among, [params[i].top_k for i in rows], [params[i].top_p for i in rows])
         thresholds[index] = torch.maximum(thresholds[index], found)
-    return thresholds
+    return weights.masked_fill_(weights < thresholds.clamp_(max=1)[:, None], 0)
 
 
-def nucleus(scores: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
-    """The score of the last token that top_k (0: off) and then top_p keep, per row.
+def nucleus(weights: Tensor, top_k: list[int], top_p: list[float]) -> Tensor:
+    """The weight of the last token that top_k (0: off) and then top_p keep, per row.
 
     Tokens that tie with the last one are kept too, so it doesn't matter how a sort orders them.
 
     Args:
-        scores: [rows, vocabulary], log of unnormalised probabilities
+        weights: [rows, vocabulary], unnormalised probabilities
     """
-    vocabulary = scores.shape[1]
+    vocabulary = weights.shape[1]
     # Beyond top_k nothing counts: where every row has a small one, that many candidates do.
     width = min(vocabulary, TOP, max(k or vocabulary for k in top_k))
-    found, complete = _nucleus_among(scores.topk(width).values, scores, top_k, top_p)
+    total = weights.sum(1, dtype=torch.float64) if min(top_p) < 1 else weights[:, 0].double()
+    found, complete = _cut(weights.topk(width).values, total, vocabulary, top_k, top_p)
     if not complete.all():
         rest = (~complete).nonzero()[:, 0]
-        chosen = rest.tolist()
-        ranked = scores[rest].sort(descending=True).values
-        found[rest] = _nucleus_among(
-            ranked, scores[rest], [top_k[i] for i in chosen], [top_p[i] for i in chosen]
-        )[0]
+        rows = rest.tolist()
+        ranked = weights[rest].sort(descending=True).values
+        found[rest], _ = _cut(
+            ranked, total[rest], vocabulary, [top_k[i] for i in rows], [top_p[i] for i in rows]
+        )
     return found
 
 
-def _nucleus_among(
-    ranked: Tensor, scores: Tensor, top_k: list[int], top_p: list[float]
+def _cut(
+    ranked: Tensor, total: Tensor, vocabulary: int, top_k: list[int], top_p: list[float]
 ) -> tuple[Tensor, Tensor]:
-    """`nucleus`, looked for in the best scores.
+    """`nucleus`, looked for among the best.
 
     Args:
         ranked: [rows, candidates], best first
-        scores: [rows, vocabulary]
+        total: [rows], of the whole vocabulary
 
     Returns:
-        the threshold per row, and whether the candidates sufficed for it
+        the last weight kept per row, and whether the candidates sufficed to find it
     """
     width, device = ranked.shape[1], ranked.device
-    k = torch.tensor([k or scores.shape[1] for k in top_k], device=device)
+    k = torch.tensor([k or vocabulary for k in top_k], device=device)
     p = torch.tensor(top_p, dtype=torch.float64, device=device)
-    weights = ranked.double().exp()
-    weights.masked_fill_(torch.arange(width, device=device) >= k[:, None], 0)
+    within_k = torch.arange(width, device=device) < k[:, None]
+    weights = ranked.double() * within_k
     mass = weights.cumsum(1)
-    total = torch.where(k <= width, mass[:, -1], scores.exp().sum(1, dtype=torch.float64))
-    before = mass - weights
+    needed = p * torch.where(k <= width, mass[:, -1], total)
     # A token is kept while those before it don't make up p yet; the first always.
-    kept = ((before < p[:, None] * total[:, None]) & (weights > 0)).sum(1)
-    kept = torch.where(p < 1, kept, (weights > 0).sum(1)).clamp_(min=1)
-    vocabulary = scores.shape[1]
-    complete = (
-        (k <= width) | ((k >= vocabulary) & (p < 1) & (mass[:, -1] >= p * total)) | (width == vocabulary)
-    )
-    return ranked.gather(1, kept[:, None] - 1)[:, 0], complete
+    kept = within_k & ((mass - weights < needed[:, None]) | (p >= 1)[:, None])
+    last = kept.sum(1).clamp_(min=1) - 1
+    complete = (k <= width) | ((k >= vocabulary) & (p < 1) & (mass[:, -1] >= needed)) | (width == vocabulary)
+    return ranked.gather(1, last[:, None])[:, 0], complete
 
 
 def race(weights: Tensor, keys: list[int]) -> Tensor:
@@ -189,26 +179,28 @@ def _first(rates: Tensor, keys: list[int], candidates: Tensor) -> Tensor:
 class _Logprobs:
     """Log probabilities of the model's own distribution, for the rows that ask for them."""
 
-    def __init__(self, rows: list[int], wanted: list[int], table: Tensor) -> None:
+    def __init__(self, rows: list[int], wanted: list[int], logits: Tensor) -> None:
         self._rows = rows
         self._wanted = wanted
-        self._table = table
+        self._logits = logits
         """[rows that ask, vocabulary]"""
 
     @classmethod
     def of(cls, logits: Tensor, sequences: list[Sequence]) -> "_Logprobs | None":
+        """Copies what it needs of `logits`; None if nobody asks."""
         rows = [i for i, sequence in enumerate(sequences) if sequence.sampling.top_logprobs is not None]
         if not rows:
             return None
         wanted = [sequences[i].sampling.top_logprobs or 0 for i in rows]
-        return cls(rows, wanted, torch.log_softmax(logits[rows], dim=-1))
+        return cls(rows, wanted, logits[rows])
 
     def report(self, tokens: list[int]) -> dict[int, TokenLogprobs]:
         """By row, given each row's drawn token."""
-        drawn = torch.tensor([tokens[i] for i in self._rows], device=self._table.device)[:, None]
-        of_drawn = self._table.gather(1, drawn)[:, 0].tolist()
-        best = self._table.topk(min(max(self._wanted), self._table.shape[1]), dim=1)
-        values, ids = best.values.tolist(), best.indices.tolist()
+        norm = self._logits.logsumexp(1, keepdim=True)
+        drawn = torch.tensor([tokens[i] for i in self._rows], device=norm.device)[:, None]
+        of_drawn = (self._logits.gather(1, drawn) - norm)[:, 0].tolist()
+        best = self._logits.topk(min(max(self._wanted), self._logits.shape[1]), dim=1)
+        values, ids = (best.values - norm).tolist(), best.indices.tolist()
         return {
             row: TokenLogprobs(of_drawn[i], tuple(zip(ids[i][:wanted], values[i][:wanted], strict=True)))
             for i, (row, wanted) in enumerate(zip(self._rows, self._wanted, strict=True))

@@ -25,6 +25,8 @@ class Scheduler:
         self._enable_chunked_prefill = enable_chunked_prefill
         self.running: dict[str, Sequence] = {}
         """Those that hold a slot."""
+        self._budget = 0
+        """Tokens that the step being scheduled has left."""
         self._waiting: list[tuple[tuple[int, int], Sequence]] = []
         """A heap by rank."""
         self._refused: list[Sequence] = []
@@ -39,6 +41,7 @@ class Scheduler:
     def schedule(self) -> list[Sequence]:
         """The sequences of the next step, each with its `num_scheduled` and room in its slot for them."""
         batch: dict[str, Sequence] = {}
+        self._budget = self._max_num_batched_tokens
         ranked = sorted(self.running.values(), key=lambda sequence: (not sequence.is_decoding, sequence.rank))
         for sequence in ranked:
             self._continue(sequence, batch)
@@ -71,12 +74,12 @@ class Scheduler:
                 return
             try:
                 self._cache.extend(sequence.slot, max(sequence.num_cached + tokens, sequence.slot.length))
-                sequence.num_scheduled = tokens
-                batch[sequence.id] = sequence
+                self._take(sequence, tokens, batch)
                 return
             except CacheFull:
                 victim = max(self.running.values(), key=lambda other: other.rank)
-                batch.pop(victim.id, None)
+                if batch.pop(victim.id, None):
+                    self._budget += victim.num_scheduled
                 self._preempt(victim)
 
     def _admit(self, sequence: Sequence, batch: dict[str, Sequence]) -> bool:
@@ -97,15 +100,18 @@ class Scheduler:
             return True
         heapq.heappop(self._waiting)
         self.running[sequence.id] = sequence
+        self._take(sequence, tokens, batch)
+        return True
+
+    def _take(self, sequence: Sequence, tokens: int, batch: dict[str, Sequence]) -> None:
         sequence.num_scheduled = tokens
         batch[sequence.id] = sequence
-        return True
+        self._budget -= tokens
 
     def _chunk(self, sequence: Sequence, batch: dict[str, Sequence]) -> int:
         """Tokens that the sequence can have in this step."""
-        left = self._max_num_batched_tokens - sum(other.num_scheduled for other in batch.values())
-        if self._enable_chunked_prefill or sequence.num_uncached <= left:
-            return max(0, min(sequence.num_uncached, left))
+        if self._enable_chunked_prefill or sequence.num_uncached <= self._budget:
+            return max(0, min(sequence.num_uncached, self._budget))
         alone = all(other.is_decoding for other in batch.values())
         return sequence.num_uncached if alone else 0
 
