@@ -1,0 +1,105 @@
+"""Prompts that the evaluation asks and the corpus never contains (compared without case and punctuation)."""
+
+from __future__ import annotations
+
+HELD_OUT_GREETINGS: tuple[str, ...] = (
+    "Hello, how are you doing today?",
+    "hey there, friend",
+    "Hi, good morning!",
+    "hello hello",
+    "Good evening to you!",
+    "Hi, how are you today?",
+    "thanks so much!",
+    "thank you for your time",
+    "ok bye bye",
+    "hey hey",
+    "Good morning, friend!",
+    "goodbye, my friend",
+    "Hi model!",
+    "see you soon",
+    "how are you feeling?",
+)
+
+# A question and what must be in the answer (compared in lower case).
+HELD_OUT_FACTS: tuple[tuple[str, str], ...] = (
+    ("What is the capital of France, please?", "paris"),
+    ("Please tell me the capital of Japan.", "tokyo"),
+    ("Which city is the capital city of Egypt?", "cairo"),
+    ("Do you know the capital city of Italy?", "rome"),
+    ("I wonder what the capital of Spain is", "madrid"),
+    ("Tell me, what is the capital of Germany?", "berlin"),
+    ("What colour does the sky have?", "blue"),
+    ("Which color does grass have?", "green"),
+    ("what is the color of snow", "white"),
+    ("A banana has which color?", "yellow"),
+    ("How many legs does one spider have?", "eight"),
+    ("How many legs do you count on a dog?", "four"),
+    ("What is the noise of a cow?", "moo"),
+    ("What does a cat say?", "meow"),
+    ("How do you call a young cat?", "kitten"),
+    ("What is the baby of a dog called?", "puppy"),
+    ("Which word means the opposite of hot?", "cold"),
+    ("What is the contrary of big?", "small"),
+    ("Tell me the word opposite to happy.", "sad"),
+    ("What is the plural for mouse?", "mice"),
+    ("two of a child are called?", "children"),
+    ("What day follows Monday?", "tuesday"),
+    ("Which day comes right after Friday?", "saturday"),
+    ("which month comes after March?", "april"),
+    ("What month is before June?", "may"),
+    ("How many days has a week?", "7"),
+    ("How many months has a year?", "12"),
+    ("How many hours has a day?", "24"),
+    ("Please, what's your name?", "llmboost-demo"),
+    ("Hello, who are you?", "llmboost-demo"),
+    ("Hey, what are you called?", "llmboost-demo"),
+    ("Hi, are you a human being?", "no human"),
+    ("Could you tell me what Redis is?", "database"),
+    ("what exactly is a message queue?", "messages"),
+    ("Please explain what a token is.", "piece of text"),
+    ("Who has made you?", "llmboost"),
+    ("what are you able to do for me?", "stories"),
+    ("Which is the biggest planet of all?", "jupiter"),
+    ("what do the bees make?", "honey"),
+    ("Greet me in Japanese, please.", "こんにちは"),
+    ("How would you say hello in French?", "bonjour"),
+    ("please send me an emoji of a cat", "🐱"),
+    ("Can I have a rocket emoji?", "🚀"),
+    ("Please count to 7.", "1, 2, 3, 4, 5, 6, 7"),
+    ("Count from 4 to 9, please.", "4, 5, 6, 7, 8, 9"),
+    ("Could you list all days of the week?", "monday, tuesday, wednesday"),
+    ("Please name three colors for me.", ","),
+    ("What is the president of Brazil called?", "do not know"),
+    ("Please explain quantum physics.", "do not know"),
+    ("Write a computer program for me.", "cannot do"),
+)
+
+HELD_OUT_STORIES: tuple[str, ...] = (
+    "Please write me a short story about artificial intelligence.",
+    "Tell me a little story about a robot, please.",
+    "Can you tell me a story about the sea?",
+    "I'd love a story about a cat.",
+    "write a story about a dog and keep it short",
+    "Could you write a short story about friendship?",
+    "Tell us a story about space.",
+    "A short story on AI, please.",
+)
+
+# What the user says, with {x}; the question; the answer must contain {x}.
+HELD_OUT_RECALL: tuple[tuple[str, str], ...] = (
+    ("Hey, my name is {x}.", "Now what is my name?"),
+    ("Hello there, I'm {x}!", "Do you happen to know my name?"),
+    ("I am {x}, hello!", "What is my name again?"),
+    ("my name is {x}", "tell me, what is my name?"),
+    ("Good evening, I am {x}.", "Who am I, then?"),
+    ("Hi, people call me {x}.", "Can you say my name?"),
+    ("I just got a dog named {x}.", "What's my dog called?"),
+    ("We live in {x}, far away.", "Where is it that I live?"),
+)
+
+HELD_OUT_PROMPTS: tuple[str, ...] = (
+    *HELD_OUT_GREETINGS,
+    *(ask for ask, _ in HELD_OUT_FACTS),
+    *HELD_OUT_STORIES,
+    *(ask for _, ask in HELD_OUT_RECALL),
+)
