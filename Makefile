@@ -35,7 +35,7 @@ serve: venv  ## Serve the demo model on port 8011; another: make serve ARGS="MOD
 	@exec $(BIN)/llmboost serve $(ARGS)
 
 test: venv  ## Run the tests; some of them: make test ARGS="-k name"
-	@exec $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+	@exec $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
 
 check: venv  ## Lint, formatting and types
 	@$(BIN)/ruff check .
