@@ -129,7 +129,6 @@ def test_interactive_sequences_are_admitted_before_batch_ones(driver: Driver) ->
 
 
 BAD: dict[str, dict[str, Any]] = {
-    "empty prompt": {"prompt_ids": []},
     "outside the vocabulary": {"prompt_ids": [1, VOCAB]},
     "id -1 of prompt": {"prompt_ids": [1, -1]},
     "id 300 of output": {"prompt_ids": [1], "output_ids": [VOCAB]},
@@ -144,7 +143,7 @@ BAD: dict[str, dict[str, Any]] = {
 def test_bad_requests_fail_alone_each_with_its_reason(driver: Driver) -> None:
     """In one batch with sound ones, which get what they get without them."""
     alone = driver.run_one(sound("alone")).token_ids
-    bad = [request(f"bad {reason}", **options) for reason, options in BAD.items() if reason != "empty prompt"]
+    bad = [request(f"bad {reason}", **options) for reason, options in BAD.items()]
     good = [sound(f"good-{i}") for i in range(4)]
     results = driver.run(*good[:2], *bad, *good[2:])
     assert [result.token_ids for result in (*results[:2], *results[-2:])] == [alone] * 4

@@ -13,6 +13,8 @@ GIB = 1 << 30
 
 @pytest.fixture
 def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "membership").write_text("3:cpu,cpuacct:/\n4:memory:/\n0::/service/worker\n")
+    monkeypatch.setattr(machine, "MEMBERSHIP", tmp_path / "membership")
     monkeypatch.setattr(machine, "CGROUP", tmp_path)
     monkeypatch.setattr(psutil, "cpu_count", lambda logical: 8)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)))
@@ -21,7 +23,7 @@ def cgroup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def write(folder: Path, **files: object) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(exist_ok=True, parents=True)
     for name, text in files.items():
         (folder / name.replace("__", ".")).write_text(f"{text}\n")
 
@@ -66,3 +68,12 @@ def test_a_limit_of_cgroup_1_bounds_memory(cgroup: Path) -> None:
     assert machine.available_memory() == 1 * GIB
     write(memory, memory__limit_in_bytes=9223372036854771712)
     assert machine.available_memory() == 10 * GIB
+
+
+def test_the_tightest_of_nested_cgroups_counts(cgroup: Path) -> None:
+    write(cgroup, cpu__max="600000 100000", memory__max=8 * GIB, memory__current=2 * GIB)
+    write(cgroup / "service", cpu__max="300000 100000", memory__max=5 * GIB, memory__current=2 * GIB)
+    write(cgroup / "service/worker", cpu__max="max 100000", memory__max="max", memory__current=1 * GIB)
+    write(cgroup / "elsewhere", cpu__max="100000 100000", memory__max=1, memory__current=0)
+    assert machine.available_cores() == 3
+    assert machine.available_memory() == 3 * GIB
