@@ -26,6 +26,13 @@ async def streams(system: System) -> AsyncIterator[TokenStreams]:
     await redis.aclose()
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever test comes first waits for the system, which takes its time on a crowded machine."""
+    for item in items:
+        if "tests/e2e/" in item.path.as_posix() and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(2 * systems.LOADING_S))
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: "pytest.CallInfo[None]") -> "Iterator[None]":
     report = yield

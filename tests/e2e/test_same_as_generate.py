@@ -21,7 +21,7 @@ from tests.e2e.asking import (
     transcript,
 )
 from tests.e2e.reference import Asking, Reference
-from tests.e2e.system import System
+from tests.e2e.system import LOADING_S, System
 
 DEMO_FOLDER = ROOT / "worker" / "llmboost_worker" / "demo_model"
 WORDS = ["the", "a", "robot", "cat", "how", "many", "old", "ship", "said", "she", "it", "found", "two", "is"]
@@ -49,7 +49,7 @@ def references(request: pytest.FixtureRequest) -> list[Reference]:
     """`generate` on the same prompts, one by one; it loads while the server does."""
     asking = Asking(DEMO_FOLDER, REQUESTS)
     request.getfixturevalue("system")
-    return asking.result(within=60)
+    return asking.result(within=LOADING_S)
 
 
 async def test_greedy_equals_generate(

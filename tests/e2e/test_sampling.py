@@ -163,16 +163,19 @@ async def test_top_k_draws_from_the_likeliest(system: System) -> None:
 
 
 async def test_penalties(system: System, streams: TokenStreams) -> None:
-    """At their extremes the penalties do what they say: a repeated token goes, or nothing else comes."""
+    """At their extremes the penalties do what they say: no token comes twice; of three tokens that have the
+    same bias none is left out for long; or one of them soon comes alone."""
+    three = {str(token): 100 for token in (500, 600, 700)}
     async with system.async_http() as http:
-        never_again, again = await asyncio.gather(
+        answers = await asyncio.gather(
             ask(http, long_story(40, temperature=0, repetition_penalty=100)),
-            ask(http, long_story(40, temperature=0, frequency_penalty=-2)),
+            ask(http, long_story(90, temperature=0, logit_bias=three, frequency_penalty=2)),
+            ask(http, long_story(60, temperature=0, logit_bias=three, frequency_penalty=-2)),
         )
-    once = await token_ids(streams, never_again["id"])
-    often = await token_ids(streams, again["id"])
-    assert len(set(once)) == len(once)
-    assert len(set(often)) < len(often) / 2
+    once, fair, alone = [await token_ids(streams, answer["id"]) for answer in answers]
+    assert len(set(once)) == 40
+    assert min(fair.count(token) for token in (500, 600, 700)) >= 15
+    assert len(set(alone[-20:])) == 1
 
 
 async def test_n(system: System) -> None:

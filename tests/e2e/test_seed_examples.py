@@ -13,7 +13,7 @@ import pytest
 from llmboost.entries import Delta
 from llmboost.streams import TokenStreams
 from tests.commands import Command
-from tests.e2e.system import MODEL, SEED_NAME, System
+from tests.e2e.system import LOADING_S, MODEL, SEED_NAME, System
 from tests.integration.api_pod import Frame, frames_of
 
 EXAMPLES = Path(__file__).parent / "seed"
@@ -32,7 +32,7 @@ def example(name: str, folder: Path, system: System) -> Path:
 async def run(*command: str, env: dict[str, str] | None = None) -> str:
     """What a command prints; it must end by itself, well, and leave nothing behind."""
     with Command(command, env=env) as running:
-        code = await asyncio.to_thread(running.wait, 60)
+        code = await asyncio.to_thread(running.wait, LOADING_S)
         assert code == 0, running.log
         assert running.family() == []
         return "\n".join(running.out) + "\n"
