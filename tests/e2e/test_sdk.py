@@ -1,13 +1,10 @@
-"""The SDK on the demo model, with Redis and workers of its own and on a running system."""
+"""The SDK on the demo model, with Redis and workers of its own and on a running system. The documentation's
+examples are in `test_seed_examples`."""
 
 import sys
 import textwrap
-from pathlib import Path
-
-import pytest
 
 from tests.commands import Command
-from tests.e2e.system import System
 
 PROGRAM = textwrap.dedent("""
     from llmboost import LLMBoost
@@ -47,13 +44,3 @@ def test_every_way_to_ask_gives_the_same_answer() -> None:
         assert command.wait() == 0, command.log
         assert command.out[-1] == "done"
         assert command.family() == []
-
-
-@pytest.mark.parametrize("name", ["sdk_sync.py", "sdk_async.py"])
-def test_seed_example(system: System, name: str) -> None:
-    """As it is written, on a running system that has the model under the name it gives."""
-    example = Path(__file__).parent / "seed" / name
-    with Command([sys.executable, str(example)], env={"LLMBOOST_REDIS_URL": system.redis_url}) as command:
-        assert command.wait() == 0, command.log
-        (story,) = command.out
-        assert len(story.split()) > 20
