@@ -6,6 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 # Test processes at a time. Most tests wait for processes of their own; more would only make these slow.
+# A module's tests stay together (loadscope), so that the system they share is started once.
 JOBS ?= 2
 ARGS ?=
 
@@ -35,7 +36,7 @@ serve: venv  ## Serve the demo model on port 8011; another: make serve ARGS="MOD
 	@exec $(BIN)/llmboost serve $(ARGS)
 
 test: venv  ## Run the tests; some of them: make test ARGS="-k name"
-	@exec $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+	@exec $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
 
 check: venv  ## Lint, formatting and types
 	@$(BIN)/ruff check .

@@ -108,7 +108,9 @@ class Demo:
 def judge(what: str, threshold: float, cases: list[tuple[str, Reply, bool]]) -> Row:
     """Make a row of the table from (prompt, reply, right) cases."""
     wrong = [f"{prompt!r} -> {reply.text!r}" for prompt, reply, right in cases if not right]
-    return Row(what, len(cases) - len(wrong), len(cases), threshold, wrong)
+    row = Row(what, len(cases) - len(wrong), len(cases), threshold, wrong)
+    print(f"{row.share:>6.1%}  {what}", file=sys.stderr, flush=True)
+    return row
 
 
 _SLOTS = {
@@ -402,10 +404,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="folder with the model and its tokenizer")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    parser.add_argument("--threads", type=int, default=1, help="threads (default: 1)")
     parser.add_argument(
         "--show", type=int, default=4, help="how many stories and wrong answers to print (default: 4)"
     )
     args = parser.parse_args()
+    torch.set_num_threads(args.threads)
     begin = time.monotonic()
     demo = Demo(args.folder, args.seed)
     samples: list[str] = []

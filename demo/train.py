@@ -274,6 +274,8 @@ def save(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, output: Pa
     # Readers older than transformers 5 do not know the name that it writes here; both know this one.
     settings = json.loads((staging / "tokenizer_config.json").read_text())
     settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    for how_it_was_loaded in ("is_local", "local_files_only"):
+        settings.pop(how_it_was_loaded, None)
     (staging / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n")
     for path in staging.iterdir():
         path.chmod(0o644)

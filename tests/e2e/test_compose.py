@@ -174,7 +174,6 @@ LONG_STORY: dict[str, Any] = {
 }
 
 
-@pytest.mark.xdist_group("compose")
 def test_a_chat_through_the_proxy(rehearsal: Rehearsal) -> None:
     client = OpenAI(base_url=f"{rehearsal.url}/v1", api_key="-")
     stream = client.chat.completions.create(
@@ -187,7 +186,6 @@ def test_a_chat_through_the_proxy(rehearsal: Rehearsal) -> None:
     assert len("".join(chunk.choices[0].delta.content or "" for chunk in chunks).split()) > 10
 
 
-@pytest.mark.xdist_group("compose")
 def test_the_proxy_does_not_hold_tokens_back(rehearsal: Rehearsal) -> None:
     """The first token is here while the last is not yet made, and the others come one by one."""
     with (
@@ -212,7 +210,6 @@ def stream_of(first: bytes) -> str:
     return str(json.loads(data.removeprefix("data: "))["id"])
 
 
-@pytest.mark.xdist_group("compose")
 def test_both_pods_and_both_workers_serve(rehearsal: Rehearsal) -> None:
     with httpx.Client(timeout=120) as client, Redis(port=rehearsal.ports["redis"]) as redis:
         assert client.get(f"{rehearsal.url}/ready").status_code == 200
@@ -221,7 +218,6 @@ def test_both_pods_and_both_workers_serve(rehearsal: Rehearsal) -> None:
             assert client.get(f"http://127.0.0.1:{rehearsal.ports[pod]}/ready").status_code == 200
 
 
-@pytest.mark.xdist_group("compose")
 def test_a_pod_that_is_gone_is_passed_over(rehearsal: Rehearsal) -> None:
     """A pod that drains refuses connections: no client sees that."""
     assert rehearsal.stop("api-1") == 0
@@ -234,7 +230,6 @@ def test_a_pod_that_is_gone_is_passed_over(rehearsal: Rehearsal) -> None:
     rehearsal.await_health("api-1")
 
 
-@pytest.mark.xdist_group("compose")
 def test_everything_stops_within_its_grace_period(rehearsal: Rehearsal) -> None:
     """In the order of `docker compose down`: whoever is depended on goes last."""
     for service in reversed([*rehearsal.running]):
