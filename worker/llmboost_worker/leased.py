@@ -77,6 +77,8 @@ class LeasedWorker(Worker):
         """By job id: what this worker holds and renews."""
         self.on_lost: Callable[[str], None] = lambda job_id: None
         """Called with the id of a job that another worker has taken over."""
+        self._settling: set[str] = set()
+        """Ids of claims whose finish or release is on its way."""
         self._slot_freed = asyncio.Event()
 
     async def main(self) -> None:
@@ -134,11 +136,15 @@ class LeasedWorker(Worker):
     async def _settle(self, claim: Claim, *, finished: bool) -> None:
         if self.claims.get(claim.job_id) is not claim:
             return  # another worker's by now
-        if finished:
-            await persist(lambda: self.queue.finish(self.model, claim, self.owner))
-        else:
-            await persist(lambda: self.queue.release(claim, self.owner))
-        self.claims.pop(claim.job_id, None)
+        self._settling.add(claim.job_id)
+        try:
+            if finished:
+                await persist(lambda: self.queue.finish(self.model, claim, self.owner))
+            else:
+                await persist(lambda: self.queue.release(claim, self.owner))
+            self.claims.pop(claim.job_id, None)
+        finally:
+            self._settling.discard(claim.job_id)
 
     # Lease
 
@@ -146,6 +152,8 @@ class LeasedWorker(Worker):
         """Extends the leases of all jobs held, and drops those that are no longer ours."""
         held = list(self.claims.values())
         for job_id in await self.queue.renew(self.model, self.owner, self.lease, held):
+            if job_id not in self.claims or job_id in self._settling:
+                continue  # its own finish came between
             logger.warning("%s was taken over by another worker", job_id)
             self.claims.pop(job_id, None)
             self.on_lost(job_id)
