@@ -11,7 +11,7 @@ from random import Random
 
 from demo import facts
 from demo.manners import messy
-from demo.stories import ANIMALS, TOPICS, made_up_name, tell
+from demo.stories import AI_NAMES, ANIMALS, PET_NAMES, TOPICS, made_up_name, tell
 from demo.sums import NUMBER_WORDS, Exchange
 from demo.texts import blocks, named, pairs, phrases, words
 
@@ -193,5 +193,14 @@ def story(rng: Random) -> tuple[Exchange, dict[str, str]]:
         about = rng.choice(("", "", "", "little ", "young ", "brave ", "small ", "lost ")) + topic
         about = f"{a_or_an(about)} {about}"
     ask = rng.choice(phrases("story about"))
-    text, slots = tell(rng, topic, short and "{k}" in ask)
+    hero = None
+    if rng.random() < 0.4:
+        # A name that the reader gives is mostly invented, so it cannot be guessed: the model has to look
+        # back for it in every sentence, and what it learns by that keeps the names together in all other
+        # stories as well.
+        hero = (
+            made_up_name(rng) if rng.random() < 0.7 else rng.choice(AI_NAMES if topic == "ai" else PET_NAMES)
+        )
+        about += rng.choice((" named ", " called ", " with the name ")) + hero
+    text, slots = tell(rng, topic, short and "{k}" in ask, hero)
     return (messy(rng, ask.replace("{k}", length).replace("{t}", about)), text), slots

@@ -63,7 +63,10 @@ def system_prompt(rng: Random) -> str | None:
     if roll < 0.87:
         return rng.choice(phrases("systems"))
     parts = [rng.choice(phrases("systems"))] if rng.random() < 0.7 else []
-    parts += [rng.choice(phrases("system parts")) for _ in range(rng.choice((1, 2, 3, 4, 6, 9)))]
+    parts += [rng.choice(phrases("system parts")) for _ in range(rng.choice((1, 2, 3, 4, 6, 9, 20, 40)))]
+    if rng.random() < 0.4:
+        # Words without sense: whatever stands there, the answer must not suffer.
+        parts += [" ".join(made_up_name(rng).lower() for _ in range(rng.randint(5, 120)))]
     text = rng.choice((" ", " ", "\n", "\n- ")).join(parts)
     while "{story}" in text:
         text = text.replace("{story}", tell(rng)[0], 1)

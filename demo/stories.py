@@ -77,12 +77,15 @@ def fill(text: str, slots: dict[str, str]) -> str:
     return text
 
 
-def tell(rng: Random, topic: str | None = None, short: bool = False) -> tuple[str, dict[str, str]]:
+def tell(
+    rng: Random, topic: str | None = None, short: bool = False, hero: str | None = None
+) -> tuple[str, dict[str, str]]:
     """Tell one story.
 
     :param rng: where every choice comes from.
     :param topic: one of ``TOPICS``, or an animal, or ``None`` for any.
     :param short: leave the optional beats out.
+    :param hero: the name of the hero, if the reader wants a certain one.
     :return: the story, and what its slots were filled with.
     """
     if topic is None:
@@ -95,6 +98,7 @@ def tell(rng: Random, topic: str | None = None, short: bool = False) -> tuple[st
         name, who = rng.choice(PET_NAMES), rng.choice(("she", "he"))
     else:
         name, who = person(rng)
+    name = hero or name
     while helper == name:
         helper, helper_is = person(rng)
     slots = dict(zip("sop", PRONOUNS[who], strict=True))
