@@ -10,7 +10,6 @@ Prints a table and exits with status 1 if any figure is below its threshold.
 from __future__ import annotations
 
 import argparse
-import itertools
 import re
 import statistics
 import sys
@@ -24,8 +23,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from demo import chats, prompts, sums
 from demo.corpus import documents
+from demo.grammar import well_told
 from demo.memories import HELD_OUT_NAME_START
-from demo.stories import PLACES, PRONOUNS, TIMES, Plot, made_up_name, plots
+from demo.stories import made_up_name
 
 Messages = list[dict[str, str]]
 
@@ -111,64 +111,6 @@ def judge(what: str, threshold: float, cases: list[tuple[str, Reply, bool]]) -> 
     row = Row(what, len(cases) - len(wrong), len(cases), threshold, wrong)
     print(f"{row.share:>6.1%}  {what}", file=sys.stderr, flush=True)
     return row
-
-
-_SLOTS = {
-    "n": r"[A-Z]\w+",
-    "h": r"[A-Z]\w+",
-    "place": "|".join(PLACES),
-    "time": "|".join(TIMES),
-    "s": "she|he|it",
-    "o": "her|him|it",
-    "p": "her|his|its",
-    "hs": "she|he",
-    "ho": "her|him",
-    "hp": "her|his",
-    "topic": r"\w+",
-}
-
-
-def grammar(plot: Plot) -> re.Pattern[str]:
-    """Return a pattern that matches what a plot can tell, with every slot in a group of its own."""
-    count = itertools.count()
-
-    def pattern(sentence: str) -> str:
-        parts = re.split(r"\{(\w+)\}", sentence)
-        # Every second part is the name of a slot; groups are called like "hs_17", because each needs its
-        # own name.
-        return "".join(
-            f"(?P<{part.lower()}_{next(count)}>(?i:{_SLOTS[part.lower()]}))" if i % 2 else re.escape(part)
-            for i, part in enumerate(parts)
-        )
-
-    beats = (
-        "(?:" + "|".join(map(pattern, beat.sentences)) + ") " + ("?" if beat.optional else "")
-        for beat in plot
-    )
-    # A story ends with a space here, so that every beat can end with one.
-    return re.compile("".join(f"(?:{b[:-1]})?" if b.endswith(" ?") else b for b in beats))
-
-
-def well_told(story: str, topic: str) -> bool:
-    """Say whether a story is one that the grammar could have told.
-
-    Then it follows one plot from its first sentence to its last, and every slot is filled with the same
-    word wherever it occurs: it has not forgotten its names, its pronouns or its place.
-    """
-    for plot in plots(topic):
-        if match := grammar(plot).fullmatch(story.strip() + " "):
-            filled: dict[str, set[str]] = {}
-            for group, value in match.groupdict().items():
-                if value is not None:
-                    filled.setdefault(group.split("_")[0], set()).add(value.lower())
-            helper = tuple(next(iter(filled.get(slot, ())), None) for slot in ("hs", "ho", "hp"))
-            one_word_each = all(len(values) == 1 for slot, values in filled.items())
-            agree = any(
-                all(said in (None, right) for said, right in zip(helper, pronouns, strict=True))
-                for pronouns in PRONOUNS.values()
-            )
-            return one_word_each and agree and filled["n"] != filled.get("h")
-    return False
 
 
 def sentences(text: str) -> list[str]:

@@ -32,7 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import (
     GenerationConfig,
@@ -41,83 +41,14 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from demo.corpus import END_OF_TEXT, IM_END, IM_START, Document, documents
+from demo.corpus import END_OF_TEXT, IM_END, Document, documents
 from demo.initial import look_back
+from demo.muon import Muon
+from demo.tokenizer import MAX_POSITIONS, VOCAB_SIZE, make_tokenizer, token_id
 
 log = logging.getLogger("demo.train")
 
-VOCAB_SIZE = 2048
-MAX_POSITIONS = 2048
 IGNORED = -100
-
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] not in ['system', 'user', 'assistant'] -%}
-{{- raise_exception('Unknown role: ' ~ message['role'] ~ '. Use system, user or assistant.') -}}
-{%- endif -%}
-{{- '<|im_start|>' ~ message['role'] ~ '\\n' -}}
-{%- if message['content'] is string -%}
-{{- message['content'] -}}
-{%- elif message['content'] is not none -%}
-{%- for part in message['content'] -%}
-{%- if part['type'] != 'text' -%}
-{{- raise_exception('Only text content is supported, not ' ~ part['type'] ~ '.') -}}
-{%- endif -%}
-{{- part['text'] -}}
-{%- endfor -%}
-{%- endif -%}
-{{- '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-{{- '<|im_start|>assistant\\n' -}}
-{%- endif -%}
-"""
-
-
-def make_tokenizer(seed: int, sample: int = 30_000) -> PreTrainedTokenizerFast:
-    """Train a byte-level BPE tokenizer on a sample of the corpus.
-
-    Digits are split one by one, so that the model sees 17 as 1 and 7 and can learn to add. There is no
-    normaliser and no clean-up, and all 256 bytes are in the vocabulary, so any text comes back exactly as
-    it went in.
-    """
-    core = Tokenizer(models.BPE())
-    core.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Digits(individual_digits=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
-        ]
-    )
-    core.decoder = decoders.ByteLevel()
-    special = [AddedToken(token, normalized=False, special=True) for token in (END_OF_TEXT, IM_START, IM_END)]
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=special,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-        # Longer tokens would swallow whole invented names, which are to be copied piece by piece.
-        max_token_length=12,
-    )
-    texts = (
-        text
-        for doc in itertools.islice(documents(seed + 1), sample)
-        for _, text in doc.turns or [("", doc.text)]
-    )
-    core.train_from_iterator(texts, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        eos_token=IM_END,
-        pad_token=END_OF_TEXT,
-        clean_up_tokenization_spaces=False,
-        model_max_length=MAX_POSITIONS,
-        chat_template=CHAT_TEMPLATE,
-        padding_side="left",
-    )
-
-
-def token_id(tokenizer: PreTrainedTokenizerFast, token: str) -> int:
-    """Return the number of a special token."""
-    return int(tokenizer.backend_tokenizer.token_to_id(token))
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
@@ -182,58 +113,6 @@ def batches(tokenizer: Tokenizer, seed: int, tokens: int, pad: int) -> Iterator[
                 ids[row, : len(doc_ids)] = torch.tensor(doc_ids)
                 labels[row, : len(doc_labels)] = torch.tensor(doc_labels)
             yield ids, labels
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal (Jordan et al., 2024), for models that see few tokens.
-
-    All matrices of one shape are worked on as one batch, in float32, which on a CPU is much quicker than
-    one by one.
-    """
-
-    def __init__(
-        self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.05
-    ) -> None:
-        """Take the matrices to train."""
-        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-
-    @staticmethod
-    def orthogonal(x: Tensor, steps: int = 5) -> Tensor:
-        """Return the nearest (nearly) orthogonal matrices by Newton-Schulz iteration."""
-        flip = x.shape[-2] > x.shape[-1]
-        if flip:
-            x = x.mT
-        x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-        for _ in range(steps):
-            square = x @ x.mT
-            x = 3.4445 * x + (-4.7750 * square + 2.0315 * square @ square) @ x
-        return x.mT if flip else x
-
-    @torch.no_grad()
-    def step(self) -> None:  # type: ignore[override]
-        """Make one step."""
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[nn.Parameter]] = {}
-            for parameter in group["params"]:
-                shapes.setdefault(parameter.shape, []).append(parameter)
-            for shape, parameters in shapes.items():
-                updates = []
-                for parameter in parameters:
-                    momentum = self.state[parameter].setdefault("momentum", torch.zeros_like(parameter))
-                    momentum.lerp_(parameter.grad, 1 - group["momentum"])
-                    updates.append(parameter.grad.lerp(momentum, group["momentum"]))
-                # Every worker makes its share of the matrices orthogonal; their sum is the whole.
-                stacked = torch.stack(updates)
-                result = torch.zeros_like(stacked)
-                mine = slice(dist.get_rank(), None, dist.get_world_size())
-                if len(stacked[mine]):
-                    result[mine] = self.orthogonal(stacked[mine])
-                dist.all_reduce(result)
-                # Scaled so that an update is as large as AdamW's and one learning rate suits every shape.
-                scale = 0.2 * math.sqrt(max(shape))
-                for parameter, update in zip(parameters, result, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(update, alpha=-group["lr"] * scale)
 
 
 def schedule(done: float) -> float:

@@ -202,9 +202,9 @@ def test_template_matches_what_was_trained(sample: list[Document]) -> None:
 
 def test_untrained_weights_look_back() -> None:
     torch = pytest.importorskip("torch")
-    from demo import initial, train
+    from demo import initial, tokenizer, train
 
-    model = train.make_model(train.make_tokenizer(0, sample=300), seed=0)
+    model = train.make_model(tokenizer.make_tokenizer(0, sample=300), seed=0)
     torch.manual_seed(1)
     first, again = initial.looks_back(model)
     assert again < first - 0.5
