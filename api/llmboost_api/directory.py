@@ -2,6 +2,8 @@
 
 import asyncio
 import time
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
 from redis.exceptions import RedisError
 
@@ -14,6 +16,8 @@ FRESH_S = 1.0
 PATIENCE_S = 3.0
 """How long a request waits for Redis to come back before it gets 503."""
 NAMES_SHOWN = 10
+
+T = TypeVar("T")
 
 
 class ModelDirectory:
@@ -32,7 +36,7 @@ class ModelDirectory:
         until, card = self._cards.get(name, (0.0, None))
         if card is not None and time.monotonic() < until:
             return card
-        card = await self._ask(name)
+        card = await answered(lambda: self.registry.model(name))
         if card is None:
             # Only names that exist are kept, so made-up ones can't fill the memory.
             self._cards.pop(name, None)
@@ -46,18 +50,7 @@ class ModelDirectory:
         Raises:
             ApiError: Redis can't be asked (503).
         """
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                return await persist(self.registry.models)
-        except (TimeoutError, RedisError, OSError) as error:
-            raise no_redis(error) from error
-
-    async def _ask(self, name: str) -> ModelCard | None:
-        try:
-            async with asyncio.timeout(PATIENCE_S):
-                return await persist(lambda: self.registry.model(name))
-        except (TimeoutError, RedisError, OSError) as error:
-            raise no_redis(error) from error
+        return await answered(self.registry.models)
 
     async def _unknown(self, name: str) -> ApiError:
         names = [repr(card.name) for card in await self.all()]
@@ -71,6 +64,19 @@ class ModelDirectory:
         return ApiError(
             404, f"The model {shown!r} does not exist. {remedy}", code="model_not_found", param="model"
         )
+
+
+async def answered(ask: Callable[[], Awaitable[T]]) -> T:
+    """What Redis answers, if it does so while a request may wait.
+
+    Raises:
+        ApiError: it can't be asked (503).
+    """
+    try:
+        async with asyncio.timeout(PATIENCE_S):
+            return await persist(ask)
+    except (TimeoutError, RedisError, OSError) as error:
+        raise no_redis(error) from error
 
 
 def no_redis(error: BaseException) -> ApiError:

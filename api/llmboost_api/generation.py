@@ -1,4 +1,5 @@
-"""The jobs of one request, from submission to their last entry."""
+"""The jobs of one completion, from submission to their last entry. Whoever submits them and whoever comes
+later to read them follow the same streams."""
 
 import asyncio
 import logging
@@ -10,7 +11,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from llmboost.entries import Delta, ReadEntry, StreamError, Terminal
+from llmboost.entries import ReadEntry, StreamError, Terminal
 from llmboost.jobs import GenerationJob, now
 from llmboost.queue import DEADLINE_ERROR, JobQueue, QueueFull
 from llmboost.settings import ApiSettings
@@ -19,6 +20,8 @@ from llmboost.tailer import Subscription, Tailer, TailerClosed
 from llmboost_api import errors
 from llmboost_api.directory import no_redis
 from llmboost_api.errors import ApiError
+from llmboost_api.jobs import job_ids
+from llmboost_api.protocol.form import Form
 
 logger = logging.getLogger(__name__)
 
@@ -38,38 +41,32 @@ GAP = StreamError(
     "A part of the answer was lost, so it ends here. Send the request again.", code="stream_gap"
 )
 LOST_REDIS = StreamError("The queue's server failed while the answer was being read.", code="stream_lost")
-DRAINED = StreamError(
-    "The server is shutting down and could not finish the answer in time. Send the request again.",
-    code="server_shutdown",
-    status=503,
-)
 NOT_ACCEPTED = StreamError("The request was not accepted, so it was withdrawn.", code="withdrawn", status=503)
 
 
 class Generation:
-    """An async context manager that submits and tails; an async iterator over `Step`s.
+    """Follows the jobs of one completion: an async context manager, and an async iterator over `Step`s.
 
     Leaving it early seals nothing: the stream's audience lapses, and its worker ends it after the grace.
 
     Raises:
-        ApiError: on entering, nothing runs (429, 503); from iteration, the answer ended in an error.
+        ApiError: from iteration, the answer ended in an error.
     """
 
-    def __init__(self, parent: "Generations", jobs: Sequence[GenerationJob]) -> None:
-        self.jobs = jobs
+    def __init__(self, parent: "Generations", completion_id: str, form: Form) -> None:
+        self.id = completion_id
+        self.form = form
         self._parent = parent
         self._merge = Merge()
         self._stack = AsyncExitStack()
-        self._peeked: asyncio.Task[Step] | None = None
         self._waiting: asyncio.Timeout | None = None
-        self._until = _loop_time(max(job.deadline for job in jobs) + DEADLINE_SLACK_S)
-        self._verdict = DEADLINE_ERROR
+        self._deadline = _loop_time(form.deadline)
+        self._verdict: StreamError | None = None
 
     async def __aenter__(self) -> "Generation":
-        await self._parent.submit(self.jobs)
         async with AsyncExitStack() as stack:
-            for job in self.jobs:
-                tail = self._parent.tailer.tail(job.id)
+            for job_id in job_ids(self.id, self.form.jobs):
+                tail = self._parent.tailer.tail(job_id)
                 self._merge.add(await stack.enter_async_context(tail))
             self._stack = stack.pop_all()
         self._parent.running.add(self)
@@ -79,47 +76,40 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._parent.running.discard(self)
-        await discard(self._peeked)
         await self._merge.aclose()
         await self._stack.aclose()
-
-    def peek(self) -> "asyncio.Task[Step]":
-        """Waits for the first entries that matter; iteration begins with them."""
-        self._peeked = asyncio.create_task(self._first())
-        return self._peeked
-
-    async def _first(self) -> Step:
-        async for step in self:
-            if any(isinstance(entry, Delta | Terminal) for _, entry in step[1]):
-                return step
-        raise errors.from_stream(GONE)
 
     def __aiter__(self) -> "Generation":
         return self
 
     async def __anext__(self) -> Step:
-        if self._peeked is not None and self._peeked is not asyncio.current_task():
-            peeked, self._peeked = self._peeked, None
-            return await peeked
         try:
             async with asyncio.timeout_at(self._until) as self._waiting:
                 return await self._merge.next()
         except TimeoutError:
-            raise errors.from_stream(self._verdict) from None
+            raise errors.from_stream(self._verdict or DEADLINE_ERROR) from None
         except StreamGone:
             raise errors.from_stream(GONE) from None
         except StreamGap as gap:
-            logger.error("gap: job_id=%s %s", self.jobs[0].id, gap)
+            logger.error("gap: job_id=%s %s", self.id, gap)
             raise errors.from_stream(GAP) from None
         except (RedisError, OSError, TailerClosed) as error:
-            logger.error("tailing failed: job_id=%s %s: %s", self.jobs[0].id, type(error).__name__, error)
+            logger.error("tailing failed: job_id=%s %s: %s", self.id, type(error).__name__, error)
             raise errors.from_stream(LOST_REDIS) from error
         finally:
             self._waiting = None
 
+    @property
+    def _until(self) -> float:
+        """The loop's time until which to wait for the next step."""
+        if self._verdict is not None:
+            return 0.0
+        # What has ended is still read after its deadline, if slowly.
+        return max(self._deadline, asyncio.get_running_loop().time()) + DEADLINE_SLACK_S
+
     def end(self, verdict: StreamError) -> None:
         """Makes iteration raise at its next wait, or the one under way."""
-        self._verdict, self._until = verdict, 0.0
+        self._verdict = verdict
         if self._waiting is not None and not self._waiting.expired():
             self._waiting.reschedule(0.0)
 
@@ -185,25 +175,27 @@ class Generations:
         for task in list(self._background):
             await discard(task)
 
-    def of(self, jobs: Sequence[GenerationJob]) -> Generation:
-        """A generation of these jobs, not yet submitted."""
-        return Generation(self, jobs)
+    def follow(self, completion_id: str, form: Form) -> Generation:
+        """A reader of a completion's jobs, which have been submitted. While it is entered, they have an
+        audience."""
+        return Generation(self, completion_id, form)
 
     def end_all(self) -> None:
         """The time to drain is over: what still runs ends in an error."""
         for generation in list(self.running):
-            generation.end(DRAINED)
+            generation.end(_shutdown_error(generation, self._settings.grace))
 
-    async def submit(self, jobs: Sequence[GenerationJob]) -> None:
-        """Enqueues all of the jobs, or withdraws those that it had.
+    async def submit(self, jobs: Sequence[GenerationJob], form: Form) -> None:
+        """Enqueues all of the jobs, with how to write down their answer, or withdraws those that it had.
 
         Raises:
             ApiError: the queue is full (429), or can't be reached (503).
         """
+        encoded = form.encode()
         for number, job in enumerate(jobs, start=1):
             try:
                 async with asyncio.timeout(SUBMIT_PATIENCE_S), self._slots:
-                    await persist(partial(self._submit, job))
+                    await persist(partial(self._submit, job, encoded))
             except QueueFull as full:
                 self._withdraw(jobs[: number - 1])
                 raise ApiError(
@@ -219,8 +211,10 @@ class Generations:
                 self._withdraw(jobs[:number])
                 raise no_redis(error) from error
 
-    async def _submit(self, job: GenerationJob) -> None:
-        await self.queue.submit(job, audience=self._settings.grace, max_queued=self._settings.max_queued)
+    async def _submit(self, job: GenerationJob, form: bytes) -> None:
+        await self.queue.submit(
+            job, audience=self._settings.grace, max_queued=self._settings.max_queued, form=form
+        )
 
     def _withdraw(self, jobs: Sequence[GenerationJob]) -> None:
         if jobs:
@@ -240,6 +234,16 @@ class Generations:
         task = asyncio.create_task(coroutine)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
+
+
+def _shutdown_error(generation: Generation, grace: float) -> StreamError:
+    return StreamError(
+        "The server is shutting down; the answer goes on without it. Within "
+        f"{grace:g} s, GET {generation.form.endpoint.path}/{generation.id} fetches it from another one: "
+        "whole, or with ?stream=true, and the last id received as Last-Event-ID, the rest of the stream.",
+        code="server_shutdown",
+        status=503,
+    )
 
 
 def _loop_time(unix_time: float) -> float:

@@ -17,11 +17,11 @@ def make_jobs(
     owner: str,
     echo: bool = False,
 ) -> list[GenerationJob]:
-    """One job per prompt. The first has the completion's id, the others number it."""
+    """One job per prompt."""
     created = now()
     return [
         GenerationJob(
-            id=completion_id if number == 0 else f"{completion_id}-{number}",
+            id=job_id,
             model=card.root,
             prompt=prompt,
             sampling=sampling,
@@ -30,5 +30,10 @@ def make_jobs(
             created=created,
             deadline=created + settings.request_timeout,
         )
-        for number, prompt in enumerate(prompts)
+        for job_id, prompt in zip(job_ids(completion_id, len(prompts)), prompts, strict=True)
     ]
+
+
+def job_ids(completion_id: str, count: int) -> list[str]:
+    """Ids of a completion's jobs: the first has its own, the others number it."""
+    return [completion_id, *(f"{completion_id}-{number}" for number in range(1, count))]

@@ -51,6 +51,11 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
     },
 }
 
+ANSWERS_AGAIN: dict[int | str, dict[str, Any]] = {
+    **ANSWERS,
+    204: {"description": "The whole stream has been received already: nothing follows."},
+}
+
 
 def install(app: FastAPI) -> None:
     """Makes `app.openapi()` name the models of request bodies."""

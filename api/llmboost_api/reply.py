@@ -2,7 +2,8 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -12,25 +13,33 @@ from llmboost.entries import Delta, Terminal, Usage
 from llmboost.settings import ApiSettings
 from llmboost_api import errors
 from llmboost_api.errors import ApiError
-from llmboost_api.generation import Generation, Step, discard
-from llmboost_api.protocol.sampling import GenerationRequest
-from llmboost_api.protocol.shape import Choice, Shape
-from llmboost_api.sse import Framer, add_usage, error_frame, event_source
+from llmboost_api.generation import Generation, discard
+from llmboost_api.protocol.shape import Choice
+from llmboost_api.resume import ResumePoint
+from llmboost_api.sse import RETRY, Framer, add_usage, error_frame, event_source
 
 logger = logging.getLogger(__name__)
 
 
 class Reply(Response):
-    """Submits the jobs when it is called, so that leaving it, however that happens, leaves the streams."""
+    """Follows the completion while it is called: leaving it, however that happens, leaves the streams."""
 
     def __init__(
-        self, generation: Generation, shape: Shape, request: GenerationRequest, settings: ApiSettings
+        self,
+        generation: Generation,
+        settings: ApiSettings,
+        *,
+        stream: bool,
+        after: ResumePoint | None = None,
+        again: bool = False,
     ) -> None:
+        """`after`: where the stream goes on. `again`: this is not the request that the completion answers."""
         super().__init__()
         self._generation = generation
-        self._shape = shape
-        self._request = request
         self._settings = settings
+        self._streamed = stream
+        self._after = after
+        self._opening = RETRY if again else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises:
@@ -38,7 +47,7 @@ class Reply(Response):
         ClientDisconnect: the client left before anything was sent.
         """
         async with self._generation:
-            if self._request.stream:
+            if self._streamed:
                 await self._stream(scope, receive, send)
             else:
                 whole = asyncio.create_task(self._whole())
@@ -49,8 +58,9 @@ class Reply(Response):
     # Whole
 
     async def _whole(self) -> bytes:
-        n = self._request.n
-        choices = [Choice() for _ in range(n * len(self._generation.jobs))]
+        form = self._generation.form
+        n = form.n
+        choices = [Choice() for _ in range(n * form.jobs)]
         usage = Usage(0, 0)
         async for job, entries in self._generation:
             for _, entry in entries:
@@ -64,47 +74,55 @@ class Reply(Response):
                     if entry.error is not None:
                         raise errors.from_stream(entry.error)
                     usage = add_usage(usage, entry.usage)
-        return self._shape.whole(choices, usage)
+        return form.shape(self._generation.id).whole(choices, usage)
 
     # Streamed
 
     async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
         """No header goes out before there is something to send, so an early failure has its own status;
         but a request that waits long gets its headers and keep-alives."""
-        first = self._generation.peek()
-        await _attended(first, receive, seconds=self._settings.headers_after)
-        if first.done():
-            _raise_early_error(first.result())
-        await event_source(self._frames(), self._settings)(scope, receive, send)
-
-    async def _frames(self) -> AsyncIterator[bytes]:
         framer = Framer(
-            self._shape,
-            jobs=len(self._generation.jobs),
-            n=self._request.n,
+            self._generation.form,
+            self._generation.id,
             event_ids=self._settings.event_ids,
-            usage=self._request.include_usage or self._settings.always_include_usage,
+            after=self._after,
         )
-        job_id = self._generation.jobs[0].id
+        async with aclosing(self._frames(framer)) as frames:
+            first = asyncio.create_task(_next(frames))
+            try:
+                await _attended(first, receive, seconds=self._settings.headers_after)
+                if first.done():
+                    first.result()  # An error of its own, if it failed.
+                    if framer.early_error is not None:
+                        raise errors.from_stream(framer.early_error)
+                await event_source(self._shown(first, frames), self._settings)(scope, receive, send)
+            finally:
+                await discard(first)
+
+    async def _frames(self, framer: Framer) -> AsyncGenerator[bytes]:
+        async for step in self._generation:
+            if frames := framer.frames(step):
+                yield frames
+            if framer.ended:
+                return
+
+    async def _shown(self, first: "asyncio.Task[bytes]", rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """The frames, the first of which are being waited for already; a failure becomes a frame."""
+        opening = self._opening
         try:
-            async for step in self._generation:
-                if frames := framer.frames(step):
-                    yield frames
-                if framer.ended:
-                    return
+            yield opening + await first
+            opening = b""
+            async for frames in rest:
+                yield frames
         except ApiError as error:
-            yield error_frame(error)
+            yield opening + error_frame(error)
         except Exception:
-            logger.exception("internal error: request_id=%s", job_id)
-            yield error_frame(errors.internal(job_id))
+            logger.exception("internal error: request_id=%s", self._generation.id)
+            yield opening + error_frame(errors.internal(self._generation.id))
 
 
-def _raise_early_error(step: Step) -> None:
-    for _, entry in step[1]:
-        if isinstance(entry, Delta):
-            return
-        if isinstance(entry, Terminal) and entry.error is not None:
-            raise errors.from_stream(entry.error)
+async def _next(frames: AsyncIterator[bytes]) -> bytes:
+    return await anext(frames)
 
 
 async def _attended(task: "asyncio.Task[object]", receive: Receive, seconds: float | None) -> None:

@@ -1,7 +1,7 @@
 """Server-sent events: entries of token streams in, whole frames out.
 
-A frame is `data: …` and a blank line. The last frame of an entry begins with an `id:` line, the entry's
-cursor: whoever has read it has read the entry.
+A frame is `data: …` and a blank line. What comes from an entry begins with an `id:` line: whoever gives it
+back gets the frames that follow it, wherever the connection broke.
 """
 
 from collections import defaultdict
@@ -10,16 +10,22 @@ from typing import Any, cast
 
 from sse_starlette import EventSourceResponse
 
-from llmboost.entries import ChoiceDelta, Delta, Terminal, TokenLogprob, Usage
+from llmboost.entries import ChoiceDelta, Delta, Entry, StreamError, Terminal, TokenLogprob, Usage
 from llmboost.settings import ApiSettings
+from llmboost.streams import frame_ids, position
 from llmboost_api import errors
 from llmboost_api.errors import ApiError
 from llmboost_api.generation import Step
-from llmboost_api.protocol.shape import Shape
+from llmboost_api.protocol.form import Form
+from llmboost_api.resume import ResumePoint
 
 DONE = b"data: [DONE]\n\n"
 PING = b": ping\n"
 """One line break only: after an `id:` line, official clients parse whatever a blank line ends, and fail."""
+
+RETRY = b"retry: 500\n"
+"""Begins a frame, for a lone one is more than official clients take. Browsers wait 3 s by default before
+they connect again, which is most of the grace."""
 
 
 def ping() -> bytes:
@@ -47,33 +53,61 @@ def error_frame(error: ApiError) -> bytes:
 class Framer:
     """One response's stream: chunks, and what OpenAI's protocol wants around them."""
 
-    def __init__(self, shape: Shape, *, jobs: int, n: int, event_ids: bool, usage: bool) -> None:
-        """`jobs` of `n` choices each. `usage`: end with a usage chunk."""
+    def __init__(
+        self, form: Form, completion_id: str, *, event_ids: bool, after: ResumePoint | None = None
+    ) -> None:
+        """With `after`, nothing comes out but what follows it; all before it is taken all the same."""
         self.ended = False
-        self._shape = shape
-        self._n = n
-        self._open_jobs = jobs
-        # A cursor is a place in one stream; several have none in common.
-        self._event_ids = event_ids and jobs == 1
-        self._send_usage = usage
+        self.early_error: StreamError | None = None
+        """In which the stream ended before it had shown anything."""
+        self._shape = form.shape(completion_id)
+        self._n = form.n
+        self._open_jobs = form.jobs
+        # An id is a place in one stream; several have none in common.
+        self._event_ids = event_ids and form.jobs == 1
+        self._after = after
+        self._send_usage = form.usage
         self._usage = Usage(0, 0)
         self._begun: set[int] = set()
         self._held: defaultdict[int, list[TokenLogprob]] = defaultdict(list)
 
     def frames(self, step: Step) -> bytes:
-        """All frames of entries that came together, for one write. May be none."""
+        """All frames of entries that came together, for one write. May be none.
+
+        Raises:
+            ApiError: the frame to go on after does not exist (400).
+        """
         job, entries = step
         out: list[bytes] = []
-        for cursor, entry in entries:
-            before = len(out)
-            if isinstance(entry, Delta):
-                for delta in entry.choices:
-                    self._add_delta(out, job * self._n + delta.index, delta)
-            elif isinstance(entry, Terminal):
-                self._add_end(out, entry)
-            if self._event_ids and len(out) > before:
-                out[-1] = b"id: %b\n%b" % (cursor.encode(), out[-1])
+        for entry_id, entry in entries:
+            frames = self._frames_of(job, entry)
+            if self._event_ids and frames:
+                ids = frame_ids(entry_id, len(frames))
+                frames = [b"id: %b\n%b" % (i.encode(), frame) for i, frame in zip(ids, frames, strict=True)]
+            if self._after is not None:
+                frames = self._following(self._after, entry_id, frames)
+            out += frames
         return b"".join(out)
+
+    def _following(self, after: ResumePoint, entry_id: str, frames: list[bytes]) -> list[bytes]:
+        """Those of an entry's frames that the client has not had."""
+        here, there = position(entry_id), position(after.cursor.entry_id)
+        if here < there:
+            return []
+        had = after.cursor.frames
+        if here > there or (had is not None and had >= len(frames)):
+            raise after.not_found()
+        self._after = None
+        return [] if had is None else frames[had:]
+
+    def _frames_of(self, job: int, entry: Entry) -> list[bytes]:
+        out: list[bytes] = []
+        if isinstance(entry, Delta):
+            for delta in entry.choices:
+                self._add_delta(out, job * self._n + delta.index, delta)
+        elif isinstance(entry, Terminal):
+            self._add_end(out, entry)
+        return out
 
     def _add_delta(self, out: list[bytes], index: int, delta: ChoiceDelta) -> None:
         logprobs: list[TokenLogprob] = []
@@ -93,6 +127,7 @@ class Framer:
     def _add_end(self, out: list[bytes], terminal: Terminal) -> None:
         if terminal.error is not None:
             self.ended = True
+            self.early_error = None if self._begun else terminal.error
             out.append(error_frame(errors.from_stream(terminal.error)))
             return
         self._usage = add_usage(self._usage, terminal.usage)

@@ -56,6 +56,8 @@ class Queued(msgspec.Struct, frozen=True, array_like=True, tag="queued"):
     model: str
     owner: str
     created: float
+    form: bytes = b""
+    """How the answer is to be written down: whoever accepted the request knows, and nobody else looks."""
 
 
 class Started(msgspec.Struct, frozen=True, array_like=True, tag="started"):

@@ -3,8 +3,10 @@
 Plain data, no behaviour. `llmboost.streams` holds what comes back.
 """
 
+import re
 import secrets
 import time
+import zlib
 from typing import Any, Literal
 
 import msgspec
@@ -82,8 +84,27 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 def new_id(prefix: str) -> str:
-    """A fresh id such as `chatcmpl-4f…`; unguessable, though no credential."""
-    return f"{prefix}-{secrets.token_hex(12)}"
+    """A fresh id such as `chatcmpl-6a4f…`; unguessable, though no credential.
+
+    After the prefix: the time (8 hex digits), 80 random bits (20), and a checksum of all that (4).
+    """
+    stem = f"{prefix}-{int(time.time()):08x}{secrets.token_hex(10)}"
+    return stem + _checksum(stem)
+
+
+def made_at(new: str) -> float | None:
+    """Unix time (s) at which `new_id` made an id; None if it did not.
+
+    So an id whose stream is gone can be told from one that never had a stream, though nothing is kept.
+    """
+    match = re.fullmatch(r"[a-z]+-([0-9a-f]{8})[0-9a-f]{24}", new)
+    if match is None or _checksum(new[:-4]) != new[-4:]:
+        return None
+    return float(int(match[1], 16))
+
+
+def _checksum(text: str) -> str:
+    return f"{zlib.crc32(text.encode()) & 0xFFFF:04x}"
 
 
 def new_seed() -> int:

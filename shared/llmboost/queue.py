@@ -210,10 +210,13 @@ class JobQueue:
 
     # Whoever asks
 
-    async def submit(self, job: GenerationJob, *, audience: float = 0, max_queued: int = 0) -> None:
+    async def submit(
+        self, job: GenerationJob, *, audience: float = 0, max_queued: int = 0, form: bytes = b""
+    ) -> None:
         """Creates the job's stream and enqueues it; safe to call again after an unknown outcome.
 
         `audience`: seconds for which the caller promises to read. `max_queued`: 0 is no limit.
+        `form`: kept in the stream's first entry, for whoever writes the answer down.
 
         Raises:
             QueueFull: `max_queued` jobs wait already; nothing was written.
@@ -237,7 +240,7 @@ class JobQueue:
             [
                 job.id,
                 streams.QUEUED_ID,
-                entries.encode(entries.Queued(job.model, job.owner, job.created)),
+                entries.encode(entries.Queued(job.model, job.owner, job.created, form)),
                 definition,
                 # Outlives the deadline by the retention: the reaper seals in between.
                 int((job.deadline - job.created) * 1000) + self.streams.retention_ms,

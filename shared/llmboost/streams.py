@@ -41,9 +41,31 @@ BEGINNING = "0-0"
 """Cursor before the first entry."""
 
 
-def is_cursor(text: str) -> bool:
-    """Whether a client's `Last-Event-ID` has the form of an entry id."""
-    return re.fullmatch(r"[0-9]{1,16}-[0-9]{1,16}", text) is not None
+_NUMBER = "(?:0|[1-9][0-9]{0,15})"
+_FRAME_ID = re.compile(f"({_NUMBER}-{_NUMBER})(?:[.]([1-9][0-9]{{0,5}}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class Cursor:
+    """How much of a stream a client has had: all up to an entry, or up to a few frames into it."""
+
+    entry_id: str
+    frames: int | None = None
+    """So many of the frames that the entry makes; None: all."""
+
+    @classmethod
+    def parse(cls, frame_id: str) -> "Cursor | None":
+        """The cursor after a frame; None if that is not the id of one."""
+        match = _FRAME_ID.fullmatch(frame_id)
+        return match and cls(match[1], int(match[2]) if match[2] else None)
+
+
+def frame_ids(entry_id: str, count: int) -> list[str]:
+    """Ids of the frames that one entry makes for a client, who can go on after any of them.
+
+    The last has the entry's own, `2-7`; those before it say how many have been had: `2-7.1`, `2-7.2`.
+    """
+    return [*(f"{entry_id}.{had}" for had in range(1, count)), entry_id]
 
 
 def position(entry_id: str | bytes) -> tuple[int, int]:
@@ -333,13 +355,19 @@ class TokenStreams:
         entries = await self.redis.xrevrange(keys.stream(job_id), count=1)
         return cast(bytes, entries[0][0]).decode() if entries else None
 
-    async def read(self, job_id: str, after: str = BEGINNING, count: int | None = None) -> list[ReadEntry]:
-        """Entries after a cursor, without waiting; empty too if there is no stream."""
-        return decode(await self.redis.xrange(keys.stream(job_id), min=f"({after}", count=count))
+    async def read(self, job_id: str) -> list[ReadEntry]:
+        """All entries so far, without waiting; none too if there is no stream."""
+        return decode(await self.redis.xrange(keys.stream(job_id)))
 
-    async def exists(self, job_id: str) -> bool:
-        """Whether the stream is there, open or sealed."""
-        return bool(await self.redis.exists(keys.stream(job_id)))
+    async def find(self, job_id: str, entry_id: str) -> tuple[Queued | None, bool]:
+        """What the stream begins with, None if it does not exist; and whether it holds an entry."""
+        key = keys.stream(job_id)
+        pipe = self.redis.pipeline(transaction=False)
+        pipe.xrange(key, count=1)
+        pipe.xrange(key, min=entry_id, max=entry_id)
+        first, found = await pipe.execute()
+        queued = decode(first)[0][1] if first else None
+        return (queued if isinstance(queued, Queued) else None), bool(found)
 
     # Audience
 

@@ -25,16 +25,14 @@ from redis.exceptions import RedisError
 
 from llmboost import keys
 from llmboost.connection import BLOCK_S, connect
-from llmboost.entries import FIELD, ReadEntry, decode
+from llmboost.entries import ReadEntry, decode
+from llmboost.inbox import Inbox, RawEntry
 from llmboost.lua import Script
 from llmboost.streams import (
-    BEGINNING,
-    SEAL_ID,
     StreamGap,
     StreamGone,
     TokenStreams,
     Transcript,
-    is_cursor,
     is_passing,
     is_refusal,
     persist,
@@ -45,15 +43,7 @@ logger = logging.getLogger(__name__)
 
 READ_COUNT = 64
 """Entries that one XREAD takes from one stream at most, so that no backlog fills the memory."""
-INBOX_ENTRIES = 256
-INBOX_BYTES = 256 * 1024
-"""Entries, and bytes of them, beyond which a subscription is not read for; one read may overshoot."""
-CATCH_UP_COUNT = 256
-"""Entries per read of the log before a cursor."""
 WAKE_TTL_MS = 60_000
-
-RawEntry = tuple[bytes, dict[bytes, bytes]]
-_SEAL_ID = SEAL_ID.encode()
 
 _WAKE = Script("""
 redis.call('XADD', KEYS[1], 'MAXLEN', 1, ARGV[1] .. '-0', 'w', '')
@@ -65,74 +55,31 @@ class TailerClosed(Exception):
     """The tailer ended while the subscription was open; `__cause__` says why if it was not asked to."""
 
 
-class Inbox:
-    """What was read for one subscription and not yet taken by it: contiguous, and bounded."""
-
-    __slots__ = ("closed", "cursor", "entries", "size")
-
-    def __init__(self) -> None:
-        self.cursor = BEGINNING.encode()
-        """Id of the newest entry that was accepted."""
-        self.entries: list[RawEntry] = []
-        self.size = 0
-        self.closed = False
-        """Nothing more is wanted."""
-
-    @property
-    def hungry(self) -> bool:
-        """Whether more should be read for it."""
-        return not self.closed and len(self.entries) < INBOX_ENTRIES and self.size < INBOX_BYTES
-
-    def accept(self, entries: list[RawEntry], read_after: bytes) -> bool:
-        """Takes what follows its cursor from a read of the stream after another; false if nothing does."""
-        if not self.hungry:
-            return False
-        if self.cursor != read_after:
-            mine = position(self.cursor)
-            if mine < position(read_after):
-                return False  # It joined after this read was sent, from further back: the next one is for it.
-            entries = [entry for entry in entries if position(entry[0]) > mine]
-            if not entries:
-                return False
-        self.entries.extend(entries)
-        self.size += sum(len(fields.get(FIELD, b"")) for _, fields in entries)
-        self.cursor = entries[-1][0]
-        self.closed = self.cursor == _SEAL_ID
-        return True
-
-    def take(self) -> list[RawEntry]:
-        """Empties it."""
-        entries, self.entries, self.size = self.entries, [], 0
-        return entries
-
-
 class Subscription:
     """One reader of one stream: an async context manager, and an async iterator over batches of entries.
 
-    Each batch holds the entries that have come since the last one, in order, at least one. Iteration ends
-    after the batch that holds the terminal entry. For one task at a time, and to be entered once.
+    Each batch holds the entries that have come since the last one, in order, at least one; the first begins
+    with the stream's own first, for what follows can only be checked against what came before. Iteration
+    ends after the batch that holds the terminal entry. For one task at a time, and to be entered once.
 
     Raises (from iteration):
         StreamGone: the stream no longer exists, or never did.
-        StreamGap: an entry is missing, or the cursor to start from is not in the log.
+        StreamGap: an entry is missing.
         TailerClosed: the tailer ended first.
     """
 
-    def __init__(self, tailer: "Tailer", job_id: str, after: str) -> None:
+    def __init__(self, tailer: "Tailer", job_id: str) -> None:
         self.job_id = job_id
         self.key = keys.stream(job_id).encode()
-        self.after = after
         self._inbox = Inbox()
         self._tailer = tailer
         self._transcript = Transcript()
-        self._caught_up = after == BEGINNING
         self._error: Exception | None = None
         self._news = asyncio.Event()
 
     async def __aenter__(self) -> "Subscription":
         self._tailer._enter(self)
-        if self._caught_up:
-            self._tailer._refresh(self.key)
+        self._tailer._refresh(self.key)
         return self
 
     async def __aexit__(
@@ -146,8 +93,6 @@ class Subscription:
         return self
 
     async def __anext__(self) -> list[ReadEntry]:
-        if not self._caught_up:
-            await self._catch_up()
         if self._transcript.terminal is not None:
             raise StopAsyncIteration
         while not self._inbox.entries:
@@ -160,32 +105,6 @@ class Subscription:
         if was_full:
             self._tailer._refresh(self.key)
         return self._check(entries)
-
-    async def _catch_up(self) -> None:
-        """Reads the log up to the cursor, for what follows can only be checked against what came before."""
-
-        async def read() -> list[ReadEntry]:
-            if self._error is not None:
-                raise self._error
-            return await self._tailer.streams.read(
-                self.job_id, after=self._transcript.cursor, count=CATCH_UP_COUNT
-            )
-
-        target = position(self.after)
-        while position(self._transcript.cursor) < target:
-            chunk = await persist(read)
-            if not chunk and not await persist(lambda: self._tailer.streams.exists(self.job_id)):
-                raise StreamGone(f"{self.job_id}: the stream is gone")
-            if not chunk or position(chunk[0][0]) > target:
-                raise StreamGap(f"{self.job_id}: there is no entry {self.after} to continue from")
-            for entry_id, entry in chunk:
-                if position(entry_id) <= target:
-                    self._transcript.apply(entry_id, entry)
-        # As the log spells it: what the caller spelled is not for Redis.
-        self._inbox.cursor = self._transcript.cursor.encode()
-        self._inbox.closed = self._transcript.terminal is not None
-        self._caught_up = True
-        self._tailer._refresh(self.key)
 
     def _check(self, raw: list[RawEntry]) -> list[ReadEntry]:
         """Decodes a batch, up to a gap if there is one; then the next call raises."""
@@ -205,12 +124,8 @@ class Subscription:
     # For the tailer
 
     def _accept(self, entries: list[RawEntry], read_after: bytes) -> None:
-        if self._caught_up and self._inbox.accept(entries, read_after):
+        if self._inbox.accept(entries, read_after):
             self._news.set()
-
-    @property
-    def _hungry(self) -> bool:
-        return self._caught_up and self._inbox.hungry
 
     def _fail(self, error: Exception) -> None:
         """Ends the iteration with an error once the inbox is empty; the first one counts."""
@@ -273,15 +188,9 @@ class Tailer:
         """Whether it follows nothing: it was not started, or has ended."""
         return self._closed is not None
 
-    def tail(self, job_id: str, after: str = BEGINNING) -> Subscription:
-        """A reader of the stream from a cursor on. While it is entered, the stream has an audience.
-
-        Raises:
-            ValueError: `after` does not have the form of a cursor.
-        """
-        if not is_cursor(after):
-            raise ValueError(f"{after!r} is not a cursor")
-        return Subscription(self, job_id, after)
+    def tail(self, job_id: str) -> Subscription:
+        """A reader of the stream. While it is entered, the stream has an audience."""
+        return Subscription(self, job_id)
 
     def _close(self, reason: TailerClosed) -> None:
         if self._closed is not None:
@@ -319,7 +228,7 @@ class Tailer:
     def _refresh(self, key: bytes) -> None:
         """Puts a stream into the XREAD or takes it out; ends the one in flight if it must read more."""
         before = self._cursors.pop(key, None)
-        cursors = [each._inbox.cursor for each in self._subscriptions.get(key, ()) if each._hungry]
+        cursors = [each._inbox.cursor for each in self._subscriptions.get(key, ()) if each._inbox.hungry]
         if not cursors:
             return
         cursor = min(cursors, key=position) if len(cursors) > 1 else cursors[0]

@@ -11,6 +11,8 @@ from llmboost.embedded import free_port
 from llmboost.queue import JobQueue
 from llmboost.streams import TokenStreams
 
+from .api_pod import RunningPod, ScriptedWorker, serving, settings_for, working
+
 RETENTION_S = 60.0
 
 
@@ -51,3 +53,17 @@ def streams(redis: ArqRedis) -> TokenStreams:
 @pytest.fixture
 def queue(redis: ArqRedis, streams: TokenStreams) -> JobQueue:
     return JobQueue(redis, streams)
+
+
+@pytest.fixture
+async def worker(redis: ArqRedis, streams: TokenStreams) -> AsyncIterator[ScriptedWorker]:
+    """Plays what a test has written for it."""
+    async with working(redis, streams) as running:
+        yield running
+
+
+@pytest.fixture
+async def pod(redis_url: str, worker: ScriptedWorker) -> AsyncIterator[RunningPod]:
+    """An API pod that listens, with a worker behind it."""
+    async with serving(settings_for(redis_url)) as running:
+        yield running

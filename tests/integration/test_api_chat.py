@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 
 import openai
 import pytest
@@ -30,22 +30,9 @@ from .api_pod import (
     says,
     serving,
     settings_for,
-    working,
 )
 
 GRACE_S = 0.3
-
-
-@pytest.fixture
-async def worker(redis: ArqRedis, streams: TokenStreams) -> AsyncIterator[ScriptedWorker]:
-    async with working(redis, streams) as running:
-        yield running
-
-
-@pytest.fixture
-async def pod(redis_url: str, worker: ScriptedWorker) -> AsyncIterator[RunningPod]:
-    async with serving(settings_for(redis_url)) as running:
-        yield running
 
 
 async def test_stream_is_written_as_documented(pod: RunningPod, worker: ScriptedWorker) -> None:
@@ -63,8 +50,8 @@ async def test_stream_is_written_as_documented(pod: RunningPod, worker: Scripted
         *[[{"index": 0, "delta": {"content": word}, "finish_reason": None}] for word in WORDS[1:]],
         [{"index": 0, "delta": {"content": ""}, "finish_reason": "stop"}],
     ]
-    # The last word and the reason came in one entry: its cursor goes with the last of its frames.
-    assert [frame.id for frame in frames] == ["1-1", "1-2", "1-3", "1-4", None, "1-5", SEAL_ID]
+    # The last word and the reason came in one entry: the last of its frames has the entry's own id.
+    assert [frame.id for frame in frames] == ["1-1", "1-2", "1-3", "1-4", "1-5.1", "1-5", SEAL_ID]
 
 
 async def test_every_choice_begins_with_its_role(pod: RunningPod, worker: ScriptedWorker) -> None:

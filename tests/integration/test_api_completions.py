@@ -1,7 +1,6 @@
 """POST /v1/completions: several prompts are several jobs behind one answer."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
@@ -25,18 +24,6 @@ from .api_pod import (
     settings_for,
     working,
 )
-
-
-@pytest.fixture
-async def worker(redis: ArqRedis, streams: TokenStreams) -> AsyncIterator[ScriptedWorker]:
-    async with working(redis, streams) as running:
-        yield running
-
-
-@pytest.fixture
-async def pod(redis_url: str, worker: ScriptedWorker) -> AsyncIterator[RunningPod]:
-    async with serving(settings_for(redis_url)) as running:
-        yield running
 
 
 def asks(prompt: Any, **fields: Any) -> dict[str, Any]:

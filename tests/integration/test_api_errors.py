@@ -9,28 +9,14 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from arq.connections import ArqRedis
 
 from llmboost.embedded import free_port
-from llmboost.streams import TokenStreams
 from llmboost_api import directory, generation
 from llmboost_api.auth import fingerprint
 from llmboost_api.routes import models
 
 from ..waiting import wait_until
-from .api_pod import MODEL, RunningPod, ScriptedWorker, chat, serving, settings_for, working
-
-
-@pytest.fixture
-async def worker(redis: ArqRedis, streams: TokenStreams) -> AsyncIterator[ScriptedWorker]:
-    async with working(redis, streams) as running:
-        yield running
-
-
-@pytest.fixture
-async def pod(redis_url: str, worker: ScriptedWorker) -> AsyncIterator[RunningPod]:
-    async with serving(settings_for(redis_url)) as running:
-        yield running
+from .api_pod import MODEL, RunningPod, ScriptedWorker, chat, serving, settings_for
 
 
 def check_error(

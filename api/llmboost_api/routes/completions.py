@@ -1,4 +1,4 @@
-"""POST /v1/completions."""
+"""POST /v1/completions, and GET /v1/completions/{id}."""
 
 from typing import Annotated
 
@@ -10,8 +10,11 @@ from llmboost_api.auth import owner
 from llmboost_api.jobs import make_jobs
 from llmboost_api.middleware import rename_request
 from llmboost_api.pod import pod_of
-from llmboost_api.protocol.completions import CompletionRequest, CompletionShape
+from llmboost_api.protocol.completions import CompletionRequest
+from llmboost_api.protocol.form import COMPLETIONS, Form
 from llmboost_api.reply import Reply
+from llmboost_api.resume import Reading, reading
+from llmboost_api.retrieval import retrieve
 
 router = APIRouter(prefix="/v1")
 
@@ -27,7 +30,7 @@ async def create_completion(request: Request, asker: Annotated[str, Depends(owne
     pod = pod_of(request)
     asked = await body.read(request, CompletionRequest, pod.settings.max_request_bytes)
     card = await pod.models.find(asked.model)
-    completion_id = new_id("cmpl")
+    completion_id = new_id(COMPLETIONS.prefix)
     rename_request(request, completion_id)
     jobs = make_jobs(
         completion_id,
@@ -38,11 +41,17 @@ async def create_completion(request: Request, asker: Annotated[str, Depends(owne
         owner=asker,
         echo=asked.echo,
     )
-    shape = CompletionShape(
-        completion_id,
-        int(jobs[0].created),
-        asked.model,
-        logprobs=asked.logprobs is not None,
-        usage_null=asked.include_usage,
-    )
-    return Reply(pod.generations.of(jobs), shape, asked, pod.settings)
+    form = Form.of(asked, COMPLETIONS, jobs, always_usage=pod.settings.always_include_usage)
+    await pod.generations.submit(jobs, form)
+    return Reply(pod.generations.follow(completion_id, form), pod.settings, stream=asked.stream)
+
+
+@router.get("/completions/{completion_id}", responses=openapi.ANSWERS_AGAIN, tags=["completions"])
+async def retrieve_completion(
+    request: Request,
+    completion_id: str,
+    asker: Annotated[str, Depends(owner)],
+    wanted: Annotated[Reading, Depends(reading)],
+) -> Response:
+    """The answer again, or the rest of its stream, while it runs and for a while after."""
+    return await retrieve(request, COMPLETIONS, completion_id, asker, wanted)

@@ -1,0 +1,106 @@
+"""How a completion is asked for again: whole or as a stream, and where in the stream to go on."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Header, Query, Request
+from pydantic import WithJsonSchema
+
+from llmboost.streams import Cursor
+from llmboost_api.errors import ApiError
+
+HEADER = "Last-Event-ID"
+QUERY = "starting_after"
+_PARAMETERS = {"stream", QUERY}
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+@dataclass(frozen=True, slots=True)
+class ResumePoint:
+    """The last frame that a client has had, and where its request says so."""
+
+    frame_id: str
+    cursor: Cursor
+    param: str
+
+    def refused(self, why: str) -> ApiError:
+        """A 400 that names the parameter and its value."""
+        return _refused(self.param, self.frame_id, why)
+
+    def not_found(self) -> ApiError:
+        """There is no such frame."""
+        return self.refused(
+            "no frame of this stream has that id. Give the id of the last frame received, "
+            "or leave it out to get the stream from its beginning."
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What of a completion is wanted."""
+
+    stream: bool
+    after: ResumePoint | None
+
+
+async def reading(
+    request: Request,
+    stream: Annotated[
+        str,
+        Query(description="The stream, and not the whole answer at its end."),
+        WithJsonSchema({"type": "boolean"}),
+    ] = "false",
+    starting_after: Annotated[
+        str | None, Query(description="With `stream`: the id of the last frame received. The rest follows.")
+    ] = None,
+    last_event_id: Annotated[
+        str | None,
+        Header(description="The same, and wins over it: what a browser's EventSource sends."),
+    ] = None,
+) -> Reading:
+    """A dependency of routes.
+
+    Raises:
+        ApiError: a parameter is unknown or wrong (400).
+    """
+    for name in sorted(request.query_params.keys() - _PARAMETERS):
+        raise ApiError(
+            400,
+            f"{shown(name)} is not a parameter that this server knows. Remove it from the URL.",
+            code="unknown_parameter",
+            param=name[:60],
+        )
+    streamed = _BOOLEANS.get(stream.lower())
+    if streamed is None:
+        raise ApiError(
+            400,
+            f"'stream' is {shown(stream)}, but it must be true or false.",
+            code="invalid_value",
+            param="stream",
+        )
+    after = _resume_point(last_event_id, starting_after)
+    if after is not None and not streamed:
+        raise after.refused("that is only for streams. Add ?stream=true, or leave it out.")
+    return Reading(streamed, after)
+
+
+def _resume_point(last_event_id: str | None, starting_after: str | None) -> ResumePoint | None:
+    """The header wins: an EventSource sends it when it connects again, to the URL that it was made with."""
+    for param, frame_id in ((HEADER, last_event_id), (QUERY, starting_after)):
+        if frame_id:
+            cursor = Cursor.parse(frame_id)
+            if cursor is None:
+                raise _refused(
+                    param, frame_id, "ids of frames look like 1-7 or 1-7.2. Give one as it was received."
+                )
+            return ResumePoint(frame_id, cursor, param)
+    return None
+
+
+def _refused(param: str, frame_id: str, why: str) -> ApiError:
+    return ApiError(400, f"'{param}' is {shown(frame_id)}: {why}", code="invalid_cursor", param=param)
+
+
+def shown(text: str) -> str:
+    """Enough of it to recognise."""
+    return repr(text if len(text) <= 60 else text[:60] + "…")

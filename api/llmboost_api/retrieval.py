@@ -1,0 +1,83 @@
+"""A completion that is asked for again, at whichever pod: its answer, or the rest of its stream."""
+
+from datetime import UTC, datetime
+
+from fastapi import Request, Response
+
+from llmboost.jobs import made_at
+from llmboost.streams import BEGINNING, SEAL_ID, Cursor
+from llmboost_api.directory import answered
+from llmboost_api.errors import ApiError
+from llmboost_api.middleware import rename_request
+from llmboost_api.pod import Pod, pod_of
+from llmboost_api.protocol.form import ENDPOINTS, Endpoint, Form, decode_form
+from llmboost_api.reply import Reply
+from llmboost_api.resume import Reading, ResumePoint, shown
+
+
+async def retrieve(
+    request: Request, endpoint: Endpoint, completion_id: str, asker: str, reading: Reading
+) -> Response:
+    """What `reading` wants of one of the endpoint's completions; waits for what is not there yet.
+
+    Raises:
+        ApiError: the stream can't go on from there (400), there is no such completion for this key (404), it
+            is not kept any more (410), or Redis can't be asked (503).
+    """
+    pod = pod_of(request)
+    form = await _find(pod, endpoint, completion_id, asker, reading.after)
+    rename_request(request, completion_id)
+    if reading.after is not None and reading.after.cursor == Cursor(SEAL_ID):
+        return Response(status_code=204)  # It has had everything; this is what ends an EventSource.
+    generation = pod.generations.follow(completion_id, form)
+    return Reply(generation, pod.settings, stream=reading.stream, after=reading.after, again=True)
+
+
+async def _find(
+    pod: Pod, endpoint: Endpoint, completion_id: str, asker: str, after: ResumePoint | None
+) -> Form:
+    made = made_at(completion_id)
+    if made is None or not completion_id.startswith(f"{endpoint.prefix}-"):
+        raise _unknown(completion_id, endpoint)
+    entry_id = BEGINNING if after is None else after.cursor.entry_id
+    queued, found = await answered(lambda: pod.streams.find(completion_id, entry_id))
+    if queued is None:
+        raise _expired(completion_id, made, pod.settings.retention)
+    if queued.owner != asker:
+        raise _unknown(completion_id, endpoint)
+    form = decode_form(queued.form)
+    if after is None:
+        return form
+    if form.jobs > 1:
+        raise after.refused(
+            f"this completion answers {form.jobs} prompts, and its frames carry no ids. "
+            "Leave it out to get the stream from its beginning."
+        )
+    if not found:
+        raise after.not_found()
+    return form
+
+
+def _unknown(completion_id: str, endpoint: Endpoint) -> ApiError:
+    """Also if it is another key's: whether there is one is nobody else's business."""
+    remedy = "Check the id; only the API key that made it can read it."
+    for other in ENDPOINTS:
+        if other is not endpoint and completion_id.startswith(f"{other.prefix}-"):
+            remedy = f"Ids that begin with '{other.prefix}-' are read at GET {other.path}/{{id}}."
+    return ApiError(
+        404,
+        f"There is no completion {shown(completion_id)} here. {remedy}",
+        code="completion_not_found",
+        param="completion_id",
+    )
+
+
+def _expired(completion_id: str, made: float, retention: float) -> ApiError:
+    when = datetime.fromtimestamp(made, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    return ApiError(
+        410,
+        f"The completion {completion_id!r} of {when} is not kept any more: an answer stays for "
+        f"{retention:g} s after its end, unless it is lost with its server. Send the request again.",
+        code="completion_expired",
+        param="completion_id",
+    )
