@@ -53,15 +53,17 @@ class Generation:
         ApiError: from iteration, the answer ended in an error.
     """
 
-    def __init__(self, parent: "Generations", completion_id: str, form: Form) -> None:
+    def __init__(self, parent: "Generations", completion_id: str, form: Form, *, again: bool) -> None:
+        """`again`: for another request than the one that the completion answers."""
         self.id = completion_id
         self.form = form
+        self.again = again
         self._parent = parent
         self._merge = Merge()
         self._stack = AsyncExitStack()
         self._waiting: asyncio.Timeout | None = None
         self._deadline = _loop_time(form.deadline)
-        self._verdict: StreamError | None = None
+        self._verdict: ApiError | None = None
 
     async def __aenter__(self) -> "Generation":
         async with AsyncExitStack() as stack:
@@ -69,7 +71,7 @@ class Generation:
                 tail = self._parent.tailer.tail(job_id)
                 self._merge.add(await stack.enter_async_context(tail))
             self._stack = stack.pop_all()
-        self._parent.running.add(self)
+        self._parent.add(self)
         return self
 
     async def __aexit__(
@@ -87,7 +89,7 @@ class Generation:
             async with asyncio.timeout_at(self._until) as self._waiting:
                 return await self._merge.next()
         except TimeoutError:
-            raise errors.from_stream(self._verdict or DEADLINE_ERROR) from None
+            raise self._verdict or errors.from_stream(DEADLINE_ERROR) from None
         except StreamGone:
             raise errors.from_stream(GONE) from None
         except StreamGap as gap:
@@ -107,7 +109,7 @@ class Generation:
         # What has ended is still read after its deadline, if slowly.
         return max(self._deadline, asyncio.get_running_loop().time()) + DEADLINE_SLACK_S
 
-    def end(self, verdict: StreamError) -> None:
+    def end(self, verdict: ApiError) -> None:
         """Makes iteration raise at its next wait, or the one under way."""
         self._verdict = verdict
         if self._waiting is not None and not self._waiting.expired():
@@ -163,6 +165,7 @@ class Generations:
         self.running: set[Generation] = set()
         self._settings = settings
         self._pod_id = pod_id
+        self._drained = False
         self._slots = asyncio.Semaphore(SUBMITS_AT_ONCE)
         self._background: set[asyncio.Task[None]] = set()
 
@@ -175,13 +178,22 @@ class Generations:
         for task in list(self._background):
             await discard(task)
 
-    def follow(self, completion_id: str, form: Form) -> Generation:
-        """A reader of a completion's jobs, which have been submitted. While it is entered, they have an
-        audience."""
-        return Generation(self, completion_id, form)
+    def follow(self, completion_id: str, form: Form, *, again: bool = False) -> Generation:
+        """A reader of a completion's jobs, which were submitted; while it is entered, they have an audience.
+
+        `again`: for another request than the one that submitted them.
+        """
+        return Generation(self, completion_id, form, again=again)
+
+    def add(self, generation: Generation) -> None:
+        """One more that runs."""
+        self.running.add(generation)
+        if self._drained:
+            generation.end(_shutdown_error(generation, self._settings.grace))
 
     def end_all(self) -> None:
-        """The time to drain is over: what still runs ends in an error."""
+        """The time to drain is over: what still runs, or is about to, ends in an error. Its jobs go on."""
+        self._drained = True
         for generation in list(self.running):
             generation.end(_shutdown_error(generation, self._settings.grace))
 
@@ -236,13 +248,16 @@ class Generations:
         task.add_done_callback(self._background.discard)
 
 
-def _shutdown_error(generation: Generation, grace: float) -> StreamError:
-    return StreamError(
+def _shutdown_error(generation: Generation, grace: float) -> ApiError:
+    return ApiError(
+        503,
         "The server is shutting down; the answer goes on without it. Within "
         f"{grace:g} s, GET {generation.form.endpoint.path}/{generation.id} fetches it from another one: "
         "whole, or with ?stream=true, and the last id received as Last-Event-ID, the rest of the stream.",
+        type="server_error",
         code="server_shutdown",
-        status=503,
+        # Who asks again for the same completion generates nothing twice, and another server will answer.
+        headers={"retry-after": "1"} if generation.again else errors.NO_RETRY,
     )
 
 

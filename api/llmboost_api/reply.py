@@ -31,15 +31,13 @@ class Reply(Response):
         *,
         stream: bool,
         after: ResumePoint | None = None,
-        again: bool = False,
     ) -> None:
-        """`after`: where the stream goes on. `again`: this is not the request that the completion answers."""
+        """`after`: where the stream goes on."""
         super().__init__()
         self._generation = generation
         self._settings = settings
         self._streamed = stream
         self._after = after
-        self._opening = RETRY if again else b""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises:
@@ -108,7 +106,7 @@ class Reply(Response):
 
     async def _shown(self, first: "asyncio.Task[bytes]", rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         """The frames, the first of which are being waited for already; a failure becomes a frame."""
-        opening = self._opening
+        opening = RETRY if self._generation.again else b""
         try:
             yield opening + await first
             opening = b""

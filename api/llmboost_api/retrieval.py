@@ -29,8 +29,8 @@ async def retrieve(
     rename_request(request, completion_id)
     if reading.after is not None and reading.after.cursor == Cursor(SEAL_ID):
         return Response(status_code=204)  # It has had everything; this is what ends an EventSource.
-    generation = pod.generations.follow(completion_id, form)
-    return Reply(generation, pod.settings, stream=reading.stream, after=reading.after, again=True)
+    generation = pod.generations.follow(completion_id, form, again=True)
+    return Reply(generation, pod.settings, stream=reading.stream, after=reading.after)
 
 
 async def _find(

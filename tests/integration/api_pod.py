@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
-import msgspec
 from arq.connections import ArqRedis
 from openai import AsyncOpenAI
 from redis.exceptions import RedisError
@@ -22,6 +21,8 @@ from llmboost.settings import ApiSettings
 from llmboost.streams import StreamEnded, TokenStreams, Writer, append_to, persist
 from llmboost_api.app import create_app
 from llmboost_api.server import PodServer
+
+from .answers import Frame, OpenStream, frames_of
 
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 ROOT = "llama"
@@ -162,37 +163,17 @@ class RunningPod:
         running: set[Any] = self.server.config.app.state.pod.generations.running  # type: ignore[union-attr]
         return running
 
-    async def stream(self, path: str, body: dict[str, Any]) -> "list[Frame]":
+    async def stream(self, path: str, body: dict[str, Any]) -> list[Frame]:
         """All frames of a stream that ends by itself."""
+        response = await self.http.post(path, json=body)
+        assert response.status_code == 200, response.text
+        return frames_of(response.text)
+
+    @asynccontextmanager
+    async def begun(self, path: str, body: dict[str, Any]) -> AsyncIterator[OpenStream]:
+        """A stream whose first event has come. It is left at the end of the block, ended or not."""
         async with self.http.stream("POST", path, json=body) as response:
-            assert response.status_code == 200, await response.aread()
-            return frames_of((await response.aread()).decode())
-
-
-@dataclass(frozen=True)
-class Frame:
-    """One event, as raw as can be."""
-
-    id: str | None
-    data: str
-
-    @property
-    def json(self) -> Any:
-        return msgspec.json.decode(self.data)
-
-
-def frames_of(text: str) -> list[Frame]:
-    """Refuses anything but `id:` lines, `data:` lines and pings."""
-    text = text.replace(": ping\n", "")
-    assert text.endswith("\n\n"), text
-    frames = []
-    for event in text[:-2].split("\n\n"):
-        *ids, data = event.split("\n")
-        assert data.startswith("data: "), event
-        assert len(ids) <= 1, event
-        assert all(line.startswith("id: ") for line in ids), event
-        frames.append(Frame(ids[0][4:] if ids else None, data[6:]))
-    return frames
+            yield await OpenStream(response).until(1)
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from llmboost.streams import SEAL_ID, TokenStreams
 from llmboost_api import sse
 
 from ..waiting import wait_until
+from .answers import frames_of
 from .api_pod import (
     MODEL,
     ROOT,
@@ -26,7 +27,6 @@ from .api_pod import (
     chat,
     ends,
     fails,
-    frames_of,
     says,
     serving,
     settings_for,
@@ -353,13 +353,11 @@ async def test_a_lost_stream_ends_in_an_error(
     """Redis was flushed: the reader is told, and does not wait for ever."""
     gone = asyncio.Event()
     worker.script = lambda job: [*says(["Once"], reason=None), gone.wait()]
-    async with pod.http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as response:
-        lines = response.aiter_lines()
-        await anext(lines)
+    async with pod.begun("/v1/chat/completions", chat(stream=True)) as stream:
         await redis.flushall()
-        rest = [line async for line in lines]
+        text = await stream.finish()
     gone.set()
-    assert "stream_gone" in rest[-2]
+    assert frames_of(text)[-1].json["error"]["code"] == "stream_gone"
 
 
 async def test_waiting_clients_get_headers(redis_url: str, worker: ScriptedWorker) -> None:
@@ -385,9 +383,7 @@ async def test_a_stream_is_left_and_not_sealed(pod: RunningPod, worker: Scripted
     """A client that goes takes its subscription along; whether to go on is not for the pod to say."""
     left = asyncio.Event()
     worker.script = lambda job: [*says(["Once"], reason=None), left.wait(), ends(1)]
-    async with pod.http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as response:
-        lines = response.aiter_lines()  # dropping it would close the connection
-        await anext(lines)
+    async with pod.begun("/v1/chat/completions", chat(stream=True)):
         assert len(pod.generations) == 1
     await wait_until(lambda: not pod.generations)
     left.set()
@@ -419,9 +415,7 @@ async def test_the_audience_lapses_with_the_last_reader(
     left = asyncio.Event()
     worker.script = lambda job: [*says(["Once"], reason=None), left.wait(), ends(1)]
     async with serving(settings_for(redis_url, grace=GRACE_S)) as pod:
-        async with pod.http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as response:
-            lines = response.aiter_lines()
-            await anext(lines)
+        async with pod.begun("/v1/chat/completions", chat(stream=True)):
             job_id = worker.jobs[0].id
             until = time.monotonic() + 3 * GRACE_S
             while time.monotonic() < until:

@@ -101,12 +101,10 @@ async def test_jobs_are_read_side_by_side(pod: RunningPod, worker: ScriptedWorke
     """The second prompt's text is not held back until the first prompt has its own."""
     seen = asyncio.Event()
     worker.script = lambda job: [*([seen.wait()] if job.prompt.text == "a" else []), *parrot(job)]
-    async with pod.http.stream("POST", "/v1/completions", json=asks(["a", "b"], stream=True)) as response:
-        lines = response.aiter_lines()
-        assert '"text":"b"' in await anext(lines)
+    async with pod.begun("/v1/completions", asks(["a", "b"], stream=True)) as stream:
+        assert '"text":"b"' in stream.events[0]
         seen.set()
-        rest = [line async for line in lines]
-    assert rest[-2] == "data: [DONE]"
+        assert (await stream.finish()).endswith("data: [DONE]\n\n")
 
 
 async def test_one_failed_prompt_fails_the_request(pod: RunningPod, worker: ScriptedWorker) -> None:

@@ -6,7 +6,6 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import openai
 import pytest
 
@@ -16,20 +15,8 @@ from llmboost_api.auth import fingerprint
 from llmboost_api.routes import models
 
 from ..waiting import wait_until
+from .answers import check_error
 from .api_pod import MODEL, RunningPod, ScriptedWorker, chat, serving, settings_for
-
-
-def check_error(
-    response: httpx.Response, status: int, code: str | None = None, param: str | None = None
-) -> str:
-    """OpenAI's shape and our header; returns the message."""
-    assert response.status_code == status, response.text
-    assert response.headers["x-request-id"]
-    assert response.headers["content-type"] == "application/json"
-    error = response.json()["error"]
-    assert list(error) == ["message", "type", "param", "code"]
-    assert (error["code"], error["param"]) == (code, param)
-    return str(error["message"])
 
 
 async def test_bodies_that_are_no_request(pod: RunningPod, worker: ScriptedWorker) -> None:

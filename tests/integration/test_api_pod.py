@@ -24,14 +24,15 @@ from llmboost_api.app import create_app
 
 from ..jobs import make_job
 from ..waiting import wait_until
+from .answers import check_error, frames_of, last_id
 from .api_pod import (
     MODEL,
     ROOT,
+    WORDS,
     RunningPod,
     ScriptedWorker,
     chat,
     ends,
-    frames_of,
     says,
     serving,
     settings_for,
@@ -143,11 +144,9 @@ async def test_redis_lost_for_good(
         working(redis, TokenStreams(redis, 60)) as worker,
     ):
         worker.script = lambda job: [*says(["Once"], reason=None), never.wait()]
-        async with pod.http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as response:
-            chunks = response.aiter_text()
-            text = await anext(chunks)
+        async with pod.begun("/v1/chat/completions", chat(stream=True)) as stream:
             server.terminate()
-            text += "".join([chunk async for chunk in chunks])
+            text = await stream.finish()
         never.set()
     await redis.aclose()
     assert frames_of(text)[-1].json["error"]["code"] == "request_timeout"
@@ -180,38 +179,79 @@ async def test_draining_finishes_what_runs(
     async with serving(settings_for(redis_url, ping_interval=0.1)) as pod:
         whole = asyncio.create_task(pod.http.post("/v1/chat/completions", json=chat()))
         await wait_until(lambda: len(worker.jobs) == 1)
-        async with pod.http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as response:
-            chunks = response.aiter_text()
-            text = await anext(chunks)
+        async with pod.begun("/v1/chat/completions", chat(stream=True)) as stream:
             pod.server.should_exit = True
             await wait_until(lambda: not pod.server.servers[0].is_serving())
             # sse-starlette looks twice a second whether it is to cut streams off.
             seen = pings
             await wait_until(lambda: pings >= seen + 8)
             going.set()
-            text += "".join([chunk async for chunk in chunks])
-        assert frames_of(text)[-1].data == "[DONE]"
+            assert frames_of(await stream.finish())[-1].data == "[DONE]"
         assert (await whole).status_code == 200
 
 
-async def test_draining_has_an_end(redis_url: str, worker: ScriptedWorker) -> None:
-    """What has not finished by then ends in an error that its client can read; nothing is sealed."""
-    never = asyncio.Event()
-    worker.script = lambda job: [*says(["Once"], reason=None), never.wait(), ends(1)]
-    async with serving(settings_for(redis_url, drain_timeout=0.2)) as pod:
-        whole = asyncio.create_task(pod.http.post("/v1/chat/completions", json=chat()))
+async def test_draining_has_an_end_and_another_pod_goes_on(redis_url: str, worker: ScriptedWorker) -> None:
+    """What has not finished by then ends in an error that says where to go on, and another pod does so.
+
+    Nothing is sealed, repeated or lost. No client sends the request again, for that would generate twice.
+    """
+    going = asyncio.Event()
+    worker.script = lambda job: [*says(["Once"], reason=None), going.wait(), *rest_of_story, ends()]
+    rest_of_story = says(WORDS)[1:]
+    path = "/v1/chat/completions"
+    async with (
+        serving(settings_for(redis_url)) as other,
+        serving(settings_for(redis_url, drain_timeout=0.2)) as pod,
+    ):
+        asking = asyncio.create_task(pod.http.post(path, json=chat()))
         await wait_until(lambda: len(worker.jobs) == 1)
-        async with pod.http.stream("POST", "/v1/chat/completions", json=chat(stream=True)) as response:
-            chunks = response.aiter_text()
-            text = await anext(chunks)
+        async with pod.begun(path, chat(stream=True)) as stream:
             pod.server.should_exit = True
-            text += "".join([chunk async for chunk in chunks])
-        assert frames_of(text)[-1].json["error"]["code"] == "server_shutdown"
-        answer = await whole
-        assert (answer.status_code, answer.headers["x-should-retry"]) == (503, "false")
-    never.set()
+            await stream.finish()
+        *received, last = stream.events
+        error = frames_of(last)[0].json["error"]
+        assert error["code"] == "server_shutdown"
+        assert f"GET {path}/{stream.id}" in error["message"]
+        assert frames_of(last)[0].id is None
+        refused = await asking
+        message = check_error(refused, 503, "server_shutdown")
+        whole_id = refused.headers["x-request-id"]
+        assert f"GET {path}/{whole_id}" in message
+        assert refused.headers["x-should-retry"] == "false"
+        going.set()
+        headers = {"last-event-id": last_id(stream.events) or ""}
+        resumed = await other.http.get(f"{path}/{stream.id}?stream=true", headers=headers)
+        unbroken = await other.http.get(f"{path}/{stream.id}?stream=true")
+        rest = resumed.text.removeprefix("retry: 500\n")
+        assert "".join(received) + rest == unbroken.text.removeprefix("retry: 500\n")
+        assert rest.endswith("data: [DONE]\n\n")
+        whole = await other.http.get(f"{path}/{whole_id}")
+        assert whole.json()["choices"][0]["message"]["content"] == "".join(WORDS)
     await wait_until(lambda: worker.finished == 2)
     assert not worker.stopped
+
+
+async def test_who_fetches_from_a_draining_pod_may_try_again(redis_url: str, worker: ScriptedWorker) -> None:
+    """Fetching generates nothing, so official clients are told to come back: another pod answers."""
+    going = asyncio.Event()
+    worker.script = lambda job: [going.wait(), *says(["Once"]), ends(1)]
+    path = "/v1/chat/completions"
+    async with (
+        serving(settings_for(redis_url)) as other,
+        serving(settings_for(redis_url, drain_timeout=0.2)) as pod,
+    ):
+        asking = asyncio.create_task(other.http.post(path, json=chat()))
+        await wait_until(lambda: worker.jobs)
+        url = f"{path}/{worker.jobs[0].id}"
+        fetching = [asyncio.create_task(pod.http.get(url + query)) for query in ("", "?stream=true")]
+        await wait_until(lambda: len(pod.generations) == 2)
+        pod.server.should_exit = True
+        for response in await asyncio.gather(*fetching):
+            check_error(response, 503, "server_shutdown")
+            assert response.headers["retry-after"]
+            assert "x-should-retry" not in response.headers
+        going.set()
+        assert (await asking).status_code == 200
 
 
 RUN = """

@@ -1,18 +1,16 @@
 """GET on a completion's id: exactly the rest of the stream, from any pod, wherever the connection broke."""
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import Iterable
 from typing import Any
 from urllib.parse import quote
 
-import httpx
 import pytest
 from arq.connections import ArqRedis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from openai import AsyncStream
+from openai.types.chat import ChatCompletionChunk
 
 from llmboost import keys
 from llmboost.entries import ChoiceDelta, Delta, TokenLogprob
@@ -21,6 +19,7 @@ from llmboost.streams import SEAL_ID, TokenStreams, Writer
 from llmboost_api import directory, sse
 
 from ..waiting import wait_until
+from .answers import check_error, events, id_in, last_id
 from .api_pod import (
     MODEL,
     WORDS,
@@ -47,23 +46,6 @@ def asks(path: str, **fields: Any) -> dict[str, Any]:
     return chat(**fields) if path == CHAT else {"model": MODEL, "prompt": "Say", **fields}
 
 
-def events(text: str) -> list[str]:
-    """The events of which all has arrived."""
-    return [event + "\n\n" for event in text.split("\n\n")[:-1]]
-
-
-def last_id(received: list[str]) -> str | None:
-    """What an EventSource sends when it connects again."""
-    ids = [line[4:] for event in received for line in event.splitlines() if line.startswith("id: ")]
-    return ids[-1] if ids else None
-
-
-def id_of(text: str) -> str:
-    """The completion's, from its first chunk."""
-    data = next(line[6:] for line in text.splitlines() if line.startswith("data: "))
-    return str(json.loads(data)["id"])
-
-
 async def rest(
     pod: RunningPod, path: str, completion_id: str, after: str | None = None, how: str = "header"
 ) -> str:
@@ -79,33 +61,6 @@ async def rest(
     assert response.text.startswith((RETRY + "id: ", RETRY + "data: "))
     assert response.text.count(RETRY) == 1
     return response.text.removeprefix(RETRY)
-
-
-@dataclass
-class Broken:
-    """A stream whose first connection is under way."""
-
-    id: str
-    received: list[str]
-
-
-@asynccontextmanager
-async def connected(pod: RunningPod, body: dict[str, Any], path: str = CHAT) -> AsyncIterator[Broken]:
-    """A stream, as soon as its first event has come; its connection breaks at the end of the block."""
-    async with pod.http.stream("POST", path, json=body) as response:
-        assert response.status_code == 200, await response.aread()
-        text = ""
-        chunks = response.aiter_text()
-        while not events(text):
-            text += await anext(chunks)
-        yield Broken(id_of(events(text)[0]), events(text))
-
-
-def check_error(response: httpx.Response, status: int, code: str, param: str | None = None) -> str:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert (error["code"], error["param"]) == (code, param)
-    return str(error["message"])
 
 
 # Every place at which a connection can break
@@ -162,19 +117,16 @@ async def test_wherever_it_breaks_the_rest_is_exact(
         fields = {"logprobs": True, "top_logprobs": 1}
     async with serving(settings_for(redis_url)) as one, serving(settings_for(redis_url)) as other:
         unbroken = (await one.http.post(path, json=asks(path, **fields))).text
-        completion_id = id_of(unbroken)
-        resumed: dict[str | None, list[str]] = {}
+        completion_id = id_in(unbroken)
+        resumed: dict[str | None, set[str]] = {}
         for cut in range(len(unbroken.encode())):
             received = events(unbroken.encode()[:cut].decode(errors="ignore"))
             after = last_id(received)
-            if after == SEAL_ID:
-                break
             if after not in resumed:
-                texts = [await rest(other, path, completion_id, after, how) for how in ("header", "query")]
-                resumed[after] = [text for text in texts if text]
-            for text in resumed[after]:
-                assert "".join(received) + text == unbroken
-        # Once per frame, and once for none: every frame has an id of its own.
+                brought = [await rest(other, path, completion_id, after, how) for how in ("header", "query")]
+                resumed[after] = set(brought)
+            assert {"".join(received) + text for text in resumed[after]} == {unbroken}
+        # Once for each frame but the last, and once for none: every frame has an id of its own.
         assert len(resumed) == len(events(unbroken))
 
 
@@ -189,7 +141,7 @@ async def test_another_pods_settings_change_nothing(
     ):
         unbroken = (await one.http.post(CHAT, json=asks(CHAT))).text
         assert ('"usage"' in unbroken) == always
-        assert await rest(other, CHAT, id_of(unbroken)) == unbroken
+        assert await rest(other, CHAT, id_in(unbroken)) == unbroken
 
 
 async def test_a_takeover_in_between_is_invisible(
@@ -208,7 +160,7 @@ async def test_a_takeover_in_between_is_invisible(
     received = events(unbroken)
     assert [last_id([event]) for event in received] == ["1-1", "1-2", "2-1.1", "2-1", SEAL_ID]
     for had in range(len(received)):
-        resumed = await rest(pod, CHAT, id_of(unbroken), last_id(received[:had]))
+        resumed = await rest(pod, CHAT, id_in(unbroken), last_id(received[:had]))
         assert "".join(received[:had]) + resumed == unbroken
 
 
@@ -222,7 +174,7 @@ async def test_a_running_stream_goes_on_at_another_pod(
     missed, going = asyncio.Event(), asyncio.Event()
     texts = says(WORDS)
     worker.script = lambda job: [texts[0], missed.wait(), *texts[1:3], going.wait(), *texts[3:], ends()]
-    async with connected(pod, asks(CHAT)) as broken:
+    async with pod.begun(CHAT, asks(CHAT)) as broken:
         pass
     missed.set()
     async with (
@@ -231,7 +183,7 @@ async def test_a_running_stream_goes_on_at_another_pod(
             "GET",
             f"{CHAT}/{broken.id}",
             params={"stream": "true"},
-            headers={"last-event-id": last_id(broken.received) or ""},
+            headers={"last-event-id": last_id(broken.events) or ""},
         ) as response,
     ):
         chunks = response.aiter_text()
@@ -241,7 +193,7 @@ async def test_a_running_stream_goes_on_at_another_pod(
         going.set()
         text += "".join([chunk async for chunk in chunks])
         whole = await rest(other, CHAT, broken.id)
-    assert "".join(broken.received) + text.removeprefix(RETRY) == whole
+    assert "".join(broken.events) + text.removeprefix(RETRY) == whole
     assert whole.endswith("data: [DONE]\n\n")
 
 
@@ -280,7 +232,7 @@ async def test_whoever_joins_is_its_audience(
         return (await streams.audience([broken.id]))[0] > 0
 
     async with serving(settings_for(redis_url, grace=0.3)) as pod:
-        async with connected(pod, asks(CHAT)) as broken:
+        async with pod.begun(CHAT, asks(CHAT)) as broken:
             pass
         await wait_until(lapsed)
         reader = asyncio.create_task(rest(pod, CHAT, broken.id))
@@ -303,8 +255,8 @@ async def test_the_whole_answer_can_be_fetched(
         assert fetched.content == posted.content
         assert fetched.headers["x-request-id"] == posted.json()["id"]
         streamed = (await pod.http.post(path, json=asks(path))).text
-        fetched = await pod.http.get(f"{path}/{id_of(streamed)}", params={"stream": "false"})
-        assert (fetched.json()["object"], fetched.json()["id"]) == (shown, id_of(streamed))
+        fetched = await pod.http.get(f"{path}/{id_in(streamed)}", params={"stream": "false"})
+        assert (fetched.json()["object"], fetched.json()["id"]) == (shown, id_in(streamed))
     completion = await pod.openai.chat.completions.retrieve(worker.jobs[0].id)
     assert completion.choices[0].message.content == "".join(WORDS)
 
@@ -324,17 +276,33 @@ async def test_several_prompts_are_read_from_the_beginning(pod: RunningPod, work
     body = asks(COMPLETIONS, prompt=["a", "b"], n=2, **USAGE)
     unbroken = (await pod.http.post(COMPLETIONS, json=body)).text
     assert last_id(events(unbroken)) is None
-    again = await rest(pod, COMPLETIONS, id_of(unbroken))
+    again = await rest(pod, COMPLETIONS, id_in(unbroken))
     assert sorted(events(again)) == sorted(events(unbroken))
     assert events(again)[-2:] == events(unbroken)[-2:]
-    whole = (await pod.http.get(f"{COMPLETIONS}/{id_of(unbroken)}")).json()
+    whole = (await pod.http.get(f"{COMPLETIONS}/{id_in(unbroken)}")).json()
     assert [choice["text"] for choice in whole["choices"]] == ["".join(WORDS)] * 4
     response = await pod.http.get(
-        f"{COMPLETIONS}/{id_of(unbroken)}", params={"stream": "true", "starting_after": "1-1"}
+        f"{COMPLETIONS}/{id_in(unbroken)}", params={"stream": "true", "starting_after": "1-1"}
     )
     assert "2 prompts" in check_error(response, 400, "invalid_cursor", "starting_after")
-    part = await pod.http.get(f"{COMPLETIONS}/{id_of(unbroken)}-1")
+    part = await pod.http.get(f"{COMPLETIONS}/{id_in(unbroken)}-1")
     check_error(part, 404, "completion_not_found", "completion_id")
+
+
+# Official clients
+
+
+async def test_an_official_client_reads_a_resumed_stream(pod: RunningPod, worker: ScriptedWorker) -> None:
+    """`retry:` and ids with every frame are no hindrance to it."""
+    unbroken = (await pod.http.post(CHAT, json=asks(CHAT))).text
+    stream = await pod.openai.get(
+        f"/chat/completions/{id_in(unbroken)}",
+        cast_to=ChatCompletionChunk,
+        options={"params": {"stream": True, "starting_after": "1-2"}},
+        stream=True,
+        stream_cls=AsyncStream[ChatCompletionChunk],
+    )
+    assert [chunk.choices[0].delta.content async for chunk in stream] == [*WORDS[2:], ""]
 
 
 # What can't be had
@@ -371,9 +339,9 @@ async def test_ids_that_never_were(pod: RunningPod, worker: ScriptedWorker) -> N
 async def test_what_has_expired_is_gone(pod: RunningPod, worker: ScriptedWorker, redis: ArqRedis) -> None:
     """410, for an id of ours whose stream is not there any more, whatever else is asked."""
     streamed = (await pod.http.post(CHAT, json=asks(CHAT))).text
-    await redis.delete(keys.stream(id_of(streamed)))
+    await redis.delete(keys.stream(id_in(streamed)))
     for query in ({}, {"stream": "true"}, {"stream": "true", "starting_after": SEAL_ID}):
-        response = await pod.http.get(f"{CHAT}/{id_of(streamed)}", params=query)
+        response = await pod.http.get(f"{CHAT}/{id_in(streamed)}", params=query)
         assert "not kept any more" in check_error(response, 410, "completion_expired", "completion_id")
 
 
@@ -384,7 +352,7 @@ async def test_after_the_last_frame_there_is_no_content(pod: RunningPod, worker:
         streamed = (await pod.http.post(CHAT, json=asks(CHAT))).text
         assert last_id(events(streamed)) == SEAL_ID
         response = await pod.http.get(
-            f"{CHAT}/{id_of(streamed)}", params={"stream": "true"}, headers={"last-event-id": SEAL_ID}
+            f"{CHAT}/{id_in(streamed)}", params={"stream": "true"}, headers={"last-event-id": SEAL_ID}
         )
         assert (response.status_code, response.content) == (204, b"")
 
@@ -392,7 +360,7 @@ async def test_after_the_last_frame_there_is_no_content(pod: RunningPod, worker:
 async def test_the_header_wins_over_the_query(pod: RunningPod, worker: ScriptedWorker) -> None:
     """An EventSource connects again to the URL that it was made with, which may name an earlier place."""
     streamed = (await pod.http.post(CHAT, json=asks(CHAT))).text
-    url = f"{CHAT}/{id_of(streamed)}?stream=true&starting_after=1-1"
+    url = f"{CHAT}/{id_in(streamed)}?stream=true&starting_after=1-1"
     resumed = await pod.http.get(url, headers={"last-event-id": "1-3"})
     assert resumed.text.removeprefix(RETRY) == "".join(events(streamed)[3:])
     resumed = await pod.http.get(url, headers={"last-event-id": ""})
@@ -402,7 +370,7 @@ async def test_the_header_wins_over_the_query(pod: RunningPod, worker: ScriptedW
 async def test_places_that_are_not_in_the_stream(pod: RunningPod, worker: ScriptedWorker) -> None:
     """Each is refused with the name of what was wrong, before anything is sent."""
     streamed = (await pod.http.post(CHAT, json=asks(CHAT))).text
-    url = f"{CHAT}/{id_of(streamed)}"
+    url = f"{CHAT}/{id_in(streamed)}"
     for after in ("1-99", "7-0", "0-0", "1-1.1", "1-5.2", f"{SEAL_ID}.1", "nonsense", "1-1-1", "9" * 400):
         response = await pod.http.get(url, params={"stream": "true"}, headers={"last-event-id": after})
         check_error(response, 400, "invalid_cursor", "Last-Event-ID")
@@ -434,7 +402,7 @@ async def test_without_redis_it_is_503(
 async def test_nothing_that_is_asked_breaks_it(pod: RunningPod, worker: ScriptedWorker) -> None:
     """Any id, any place, any query: a stream, or an error of the client's."""
     streamed = (await pod.http.post(CHAT, json=asks(CHAT))).text
-    ours = id_of(streamed)
+    ours = id_in(streamed)
     number = st.integers(0, 3) | st.integers(0, 2**70)
     places = (
         st.text(max_size=20)
