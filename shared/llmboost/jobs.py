@@ -12,6 +12,8 @@ from typing import Any, Literal
 import msgspec
 
 JobClass = Literal["interactive", "batch"]
+JOB_CLASSES: tuple[JobClass, ...] = ("interactive", "batch")
+"""In the order in which they are claimed."""
 
 FUNCTION = "generate"
 """Name of the arq function that runs a `GenerationJob`."""

@@ -31,6 +31,10 @@ def tailer_wake(tailer: str) -> str:
     return f"llmboost:tailer:{tailer}"
 
 
+LAST = ":last"
+"""Behind the name of a queue: the sorted set of its jobs that have one try left, or none."""
+
+
 def queue(model: str, job_class: JobClass) -> str:
     """Sorted set: ids of waiting jobs, by enqueue time (ms, with fractions); smaller is nearer the head."""
     return f"llmboost:queue:{model}:{job_class}"
@@ -47,8 +51,18 @@ def leases(model: str) -> str:
 
 
 def claim(job_id: str) -> str:
-    """Hash: who holds the job (`owner`), its `attempt`, the queue and score it came from."""
+    """Hash: who holds the job (`owner`), its `attempt`, where it goes back to, its `deaths` (`leases`)."""
     return f"llmboost:claim:{job_id}"
+
+
+def probation(worker: str) -> str:
+    """String: id of the job of which the worker is thought to have died, should it die now."""
+    return f"llmboost:probation:{worker}"
+
+
+def contact(worker: str) -> str:
+    """String: the time (ms) since which the worker's renewals have not been interrupted."""
+    return f"llmboost:contact:{worker}"
 
 
 def model_card(name: str) -> str:
@@ -67,5 +81,5 @@ def arq_job(job_id: str) -> str:
 
 
 def arq_retry(job_id: str) -> str:
-    """arq's count of tries."""
+    """arq's count of starts; here, there while an attempt has begun and may yet kill its worker."""
     return str(retry_key_prefix + job_id)

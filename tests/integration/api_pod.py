@@ -15,7 +15,8 @@ from llmboost import keys
 from llmboost.connection import deserialize
 from llmboost.entries import ChoiceDelta, Delta, StreamError, Terminal, TokenLogprob, Usage
 from llmboost.jobs import GenerationJob
-from llmboost.queue import Claim, JobQueue
+from llmboost.leases import Claim
+from llmboost.queue import JobQueue
 from llmboost.registry import ModelCard, Registry, WorkerCard
 from llmboost.settings import ApiSettings
 from llmboost.streams import StreamEnded, TokenStreams, Writer, append_to, persist

@@ -8,8 +8,10 @@ from arq.connections import ArqRedis
 from llmboost import keys
 from llmboost.entries import StreamError, Terminal
 from llmboost.jobs import FUNCTION, GenerationJob
+from llmboost.leases import Claim
 from llmboost.queue import JobQueue, QueueFull
 from llmboost.streams import TokenStreams, Writer
+from tests.integration.deaths import CONTACT_S, begin, die, in_contact, reclaimed
 from tests.jobs import MODEL, make_job
 from tests.waiting import wait_until
 
@@ -26,6 +28,11 @@ async def submit(queue: JobQueue, count: int = 1, **fields: object) -> list[Gene
 
 async def claimed(queue: JobQueue, count: int = 100, owner: str = "w", lease: float = LEASE_S) -> list[str]:
     return [claim.job_id for claim in await queue.claim(MODEL, count, owner, lease)]
+
+
+async def sealed_as_used_up(queue: JobQueue, claim: Claim, owner: str) -> None:
+    await queue.streams.seal(claim.job_id, DONE)
+    assert await queue.finish(MODEL, claim, owner)
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +85,7 @@ async def test_every_dispatch_has_a_higher_attempt(queue: JobQueue) -> None:
     for attempt in (1, 2, 3):
         [claim] = await queue.claim(MODEL, 1, "w", LEASE_S)
         assert (claim.job_id, claim.attempt) == (job.id, attempt)
-        assert await queue.release(claim, "w")
+        assert await queue.release("w", [claim]) == []
 
 
 async def test_one_enqueue_wakes_one_worker(queue: JobQueue) -> None:
@@ -97,7 +104,7 @@ async def test_a_lapsed_lease_returns_the_job_to_the_head(queue: JobQueue) -> No
     [claim] = await queue.claim(MODEL, 1, "dead", 0.02)
     assert claim.job_id == first.id
     assert await claimed(queue, 1, owner="alive") == [second.id]
-    await wait_until(lambda: queue.reclaim(MODEL))
+    await reclaimed(queue)
     assert await claimed(queue) == [first.id, third.id]
 
 
@@ -106,7 +113,8 @@ async def test_a_renewed_lease_does_not_lapse(queue: JobQueue) -> None:
     claims = await queue.claim(MODEL, 1, "w", 0.02)
     assert await queue.renew(MODEL, "w", LEASE_S, claims) == []
     await asyncio.wait_for(_clock_passes(queue, 0.03), 5)
-    assert await queue.reclaim(MODEL) == []
+    await in_contact(queue)
+    assert await queue.reclaim(MODEL, "survivor", CONTACT_S, 3) == []
 
 
 async def _clock_passes(queue: JobQueue, seconds: float) -> None:
@@ -123,24 +131,193 @@ async def test_a_worker_that_lost_its_lease_changes_nothing(queue: JobQueue, red
     """Even under the same name: the attempt tells the two claims apart."""
     [job] = await submit(queue)
     [old] = await queue.claim(MODEL, 1, "w", 0.001)
-    await wait_until(lambda: queue.reclaim(MODEL))
+    await reclaimed(queue)
     [new] = await queue.claim(MODEL, 1, "w", LEASE_S)
     assert await queue.renew(MODEL, "w", LEASE_S, [old]) == [job.id]
-    assert not await queue.release(old, "w")
+    assert await queue.release("w", [old]) == [job.id]
     assert not await queue.finish(MODEL, old, "w")
     assert await redis.exists(keys.arq_job(job.id))
     assert await queue.renew(MODEL, "w", LEASE_S, [new]) == []
     assert await queue.finish(MODEL, new, "w")
 
 
-async def test_a_hand_over_costs_no_try(queue: JobQueue, redis: ArqRedis) -> None:
-    [job] = await submit(queue)
-    [claim] = await queue.claim(MODEL, 1, "w", LEASE_S)
-    await redis.incr(keys.arq_retry(job.id))  # as arq's job runner does
-    await redis.expire(keys.arq_retry(job.id), 60)
-    await queue.release(claim, "w")
-    assert int(await redis.get(keys.arq_retry(job.id))) == 0
-    assert await claimed(queue) == [job.id]
+# Outages
+
+
+async def test_only_a_worker_that_was_in_contact_for_a_lease_reclaims(queue: JobQueue) -> None:
+    """Else the first to reconnect after an outage would take everybody's jobs."""
+    await submit(queue)
+    await queue.claim(MODEL, 1, "w", 0.001)
+    assert await queue.reclaim(MODEL, "survivor", CONTACT_S, 3) == [], "it has never been in contact"
+    await in_contact(queue)
+    await wait_until(lambda: _expired(queue, keys.contact("survivor")))  # its renewals are held up
+    assert await queue.reclaim(MODEL, "survivor", CONTACT_S, 3) == []
+    await queue.renew(MODEL, "survivor", CONTACT_S, [])
+    assert await queue.reclaim(MODEL, "survivor", CONTACT_S, 3) == [], "it has only just come back"
+    assert await reclaimed(queue)
+
+
+async def _expired(queue: JobQueue, key: str) -> bool:
+    return not await queue.redis.exists(key)
+
+
+async def test_a_lapsed_lease_that_nobody_has_reclaimed_is_renewed(queue: JobQueue) -> None:
+    """After an outage a worker goes on with the jobs that it had."""
+    await submit(queue)
+    claims = await queue.claim(MODEL, 1, "w", 0.001)
+    await in_contact(queue)
+    assert await queue.renew(MODEL, "w", LEASE_S, claims) == []
+    assert await queue.reclaim(MODEL, "survivor", CONTACT_S, 3) == []
+
+
+# Who is to blame
+
+
+@pytest.mark.parametrize("max_tries", [2, 3, 5])
+async def test_a_poisonous_request_is_given_up_and_nobody_else(queue: JobQueue, max_tries: int) -> None:
+    """It kills whoever runs it, beside 20 others, until its tries are used up; then all others are run."""
+    jobs = await submit(queue, 21)
+    poison = jobs[10].id
+    deaths, running = 0, set[str]()
+    for generation in range(2 * max_tries):
+        owner, held = f"w{generation}", list[Claim]()
+        while claims := await queue.claim(MODEL, 4, owner, LEASE_S):
+            held += claims
+            await begin(queue, [claim for claim in claims if not claim.used_up])
+            if any(claim.job_id == poison and not claim.used_up for claim in claims):
+                break
+            for claim in claims:
+                if claim.used_up:
+                    assert claim.job_id == poison
+                    await sealed_as_used_up(queue, claim, owner)
+                if claim.on_probation:  # the first token
+                    await queue.end_probation(MODEL, owner, claim.job_id)
+        else:
+            running = {claim.job_id for claim in held if not claim.used_up}
+            break
+        await die(queue, held, max_tries)
+        deaths += 1
+    assert deaths == max_tries
+    assert running == {job.id for job in jobs} - {poison}
+
+
+async def test_with_one_try_a_death_is_the_end_of_all_that_may_be_to_blame(queue: JobQueue) -> None:
+    acquitted, suspect, _not_begun = claims = [
+        (await queue.claim(MODEL, 1, "w", LEASE_S))[0] for _ in await submit(queue, 3)
+    ]
+    await begin(queue, [acquitted, suspect])
+    await queue.renew(MODEL, "w", LEASE_S, claims, {acquitted})
+    await die(queue, claims, max_tries=1)
+    again: list[Claim] = []
+    while some := await queue.claim(MODEL, 4, "other", LEASE_S):
+        again += some
+    assert {claim.job_id for claim in again if claim.used_up} == {suspect.job_id}
+    assert {claim.job_id for claim in again} == {claim.job_id for claim in claims}
+
+
+async def test_a_stream_that_goes_on_survives_any_number_of_deaths(queue: JobQueue) -> None:
+    """Tries count deaths in a row without progress."""
+    await submit(queue)
+    for _ in range(5):
+        for progress in (False, False, True):
+            [claim] = await queue.claim(MODEL, 4, "w", LEASE_S)
+            assert not claim.used_up
+            await begin(queue, [claim])
+            if progress:
+                await queue.renew(MODEL, "w", LEASE_S, [claim], {claim})
+                await queue.end_probation(MODEL, "w", claim.job_id)
+            await die(queue, [claim])
+    [claim] = await queue.claim(MODEL, 4, "w", LEASE_S)
+    assert not claim.on_probation
+
+
+async def on_last_try(queue: JobQueue, count: int) -> list[GenerationJob]:
+    jobs = await submit(queue, count)
+    for _ in range(2):
+        claims = await queue.claim(MODEL, count, "w", LEASE_S)
+        await begin(queue, claims)
+        await die(queue, claims)
+    return jobs
+
+
+async def test_jobs_on_their_last_try_are_claimed_one_by_one(queue: JobQueue) -> None:
+    """Each worker has one at most on probation, whatever else it runs."""
+    first, second, third = await on_last_try(queue, 3)
+    [fresh] = await submit(queue)
+    assert await claimed(queue, 8, "a") == [first.id, fresh.id]
+    assert await claimed(queue, 8, "a") == []
+    assert await claimed(queue, 8, "b") == [second.id]
+    await queue.end_probation(MODEL, "a", second.id)
+    assert await claimed(queue, 8, "a") == [], "another's probation ended"
+    await queue.end_probation(MODEL, "a", first.id)
+    assert await queue.wait(MODEL, 1), "the worker is woken for the next"
+    assert await claimed(queue, 8, "a") == [third.id]
+
+
+async def test_whom_somebody_else_killed_after_its_probation_is_watched_for_longer(queue: JobQueue) -> None:
+    """It may have been the one: so it is not given up, and not let off."""
+    await on_last_try(queue, 1)
+    [claim] = await queue.claim(MODEL, 8, "a", LEASE_S)
+    await begin(queue, [claim])
+    await queue.end_probation(MODEL, "a", claim.job_id)
+    await die(queue, [claim])
+    [claim] = await queue.claim(MODEL, 8, "b", LEASE_S)
+    assert (claim.on_probation, claim.deaths) == (True, 3)
+    await begin(queue, [claim])
+    await die(queue, [claim])
+    [claim] = await queue.claim(MODEL, 8, "c", LEASE_S)
+    assert claim.used_up
+
+
+async def test_jobs_that_lapse_after_the_one_on_probation_are_spared_too(queue: JobQueue) -> None:
+    await on_last_try(queue, 2)
+    [_, other] = claims = [
+        *await queue.claim(MODEL, 8, "a", LEASE_S),
+        *await _next_on_probation(queue, "a"),
+    ]
+    await begin(queue, claims)
+    await die(queue, [other])
+    await die(queue, claims[:1])
+    [claim] = await queue.claim(MODEL, 8, "b", LEASE_S)
+    assert (claim.job_id, claim.used_up) == (claims[0].job_id, False)
+
+
+async def _next_on_probation(queue: JobQueue, owner: str) -> list[Claim]:
+    await queue.redis.delete(keys.probation(owner))
+    return await queue.claim(MODEL, 8, owner, LEASE_S)
+
+
+async def test_a_claim_whose_reply_was_lost_costs_no_try(queue: JobQueue) -> None:
+    """Nobody began the job, so nobody has died of it; and the worker may have another on probation."""
+    await on_last_try(queue, 1)
+    [unknown] = await queue.claim(MODEL, 8, "w", LEASE_S)
+    await die(queue, [unknown])
+    assert await queue.redis.pttl(keys.probation("w")) <= 2 * CONTACT_S * 1000
+    [claim] = await queue.claim(MODEL, 8, "other", LEASE_S)
+    assert (claim.deaths, claim.used_up) == (2, False)
+
+
+async def test_a_hand_over_costs_no_try(queue: JobQueue) -> None:
+    """Whatever has begun or not; and a job on its last try is still on it."""
+    [last] = await on_last_try(queue, 1)
+    await submit(queue, 3)
+    claims = await queue.claim(MODEL, 8, "w", LEASE_S)
+    await begin(queue, claims[:2])
+    assert await queue.release("w", claims) == []
+    again = await queue.claim(MODEL, 8, "other", LEASE_S)
+    assert [claim.job_id for claim in again] == [claim.job_id for claim in claims]
+    assert [claim.deaths for claim in again] == [2, 0, 0, 0]
+    assert [claim.job_id for claim in again if claim.on_probation] == [last.id]
+
+
+async def test_a_job_on_its_last_try_waits_as_others_do(queue: JobQueue, redis: ArqRedis) -> None:
+    """It counts as waiting, is no orphan, and can be cancelled."""
+    first, second = await on_last_try(queue, 2)
+    assert await queue.depth(MODEL, "interactive") == 2
+    assert await queue.reap("reaper") == 0
+    await queue.cancel(first.id, DONE)
+    assert not await redis.exists(keys.claim(first.id))
+    assert await claimed(queue) == [second.id]
 
 
 async def test_a_finished_job_leaves_only_its_stream(
@@ -216,4 +393,4 @@ async def test_attempts_and_fences_agree(queue: JobQueue, streams: TokenStreams)
     for _ in range(3):
         [claim] = await queue.claim(MODEL, 1, "w", LEASE_S)
         await streams.begin(Writer(job.id, claim.attempt), "w")
-        await queue.release(claim, "w")
+        await queue.release("w", [claim])

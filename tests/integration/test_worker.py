@@ -20,6 +20,7 @@ from llmboost_worker.text import Tokenizer, encode_prompt
 from llmboost_worker.worker import WorkerProcess
 from tests.engines import ScriptedEngine, scripted_token
 from tests.integration.conftest import RETENTION_S
+from tests.integration.deaths import begin, die
 from tests.jobs import MODEL, make_job
 from tests.unit.text_tokenizers import byte_level
 from tests.waiting import wait_until
@@ -213,7 +214,7 @@ async def test_another_worker_continues_where_the_first_was_told_to_go(
     second = await start_worker()
     await first.terminate()
     await running(second)
-    assert int(await redis.get(keys.arq_retry(job.id))) == 1
+    assert not await redis.hexists(keys.claim(job.id), "deaths")
     await step_until(second, lambda: not second.engine.sequences)
     await ended(streams, job)
     log = await transcript(streams, job)
@@ -353,13 +354,18 @@ async def test_an_unreadable_job_and_an_unknown_function_end_visibly(
 async def test_a_request_that_used_up_its_tries_ends_visibly(
     start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis
 ) -> None:
-    job = make_job(needs_audience=False)
-    await queue.submit(job)
-    await redis.set(keys.arq_retry(job.id), 3, ex=60)
-    await start_worker()
+    job = await submit(queue)
+    claims = await queue.claim(MODEL, 1, "dead", LEASE_S)
+    await begin(queue, claims)
+    await die(queue, claims, max_tries=1)
+    worker = await start_worker()
     terminal = await ended(streams, job)
     assert terminal.error is not None
     assert terminal.error.code == "tries_used_up"
+    await wait_until(lambda: not worker.process.arq.claims)
+    assert [key async for key in redis.scan_iter("*") if job.id.encode() in key] == [
+        keys.stream(job.id).encode()
+    ]
 
 
 async def test_a_job_of_a_dead_worker_is_taken_over(
@@ -380,8 +386,8 @@ async def test_a_job_of_a_dead_worker_is_taken_over(
 async def test_a_worker_says_what_it_serves_until_it_goes(start_worker: StartWorker, redis: ArqRedis) -> None:
     registry = Registry(redis)
     worker = await start_worker()
+    [card] = await wait_until(registry.workers)
     assert [card.name for card in await registry.models()] == [MODEL]
-    [card] = await registry.workers()
     assert (card.model, card.max_num_seqs) == (MODEL, 8)
     await worker.terminate()
     assert await registry.workers() == []

@@ -7,7 +7,7 @@ job only waits for the last of them and seals.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from llmboost.entries import ChoiceDelta, StreamError, Terminal, TokenLogprob, Usage
@@ -108,6 +108,8 @@ class Generator:
         self._by_sequence: dict[str, Generation] = {}
         self.running: dict[str, Generation] = {}
         """By job id."""
+        self.on_first_token: Callable[[str], None] = lambda job_id: None
+        """Called with the id of a job whose attempt has appended its first new token."""
 
     async def run(self, job: GenerationJob, attempt: int) -> None:
         """Generates until the request has ended, and seals its stream.
@@ -116,7 +118,12 @@ class Generator:
         leaves the stream open, to be continued by the next attempt.
         """
         writer = Writer(job.id, attempt)
-        generation = Generation(job, Outbox(writer, on_end=lambda ended: generation.abandon(ended)))
+        outbox = Outbox(
+            writer,
+            on_end=lambda ended: generation.abandon(ended),
+            on_first_token=lambda: self.on_first_token(job.id),
+        )
+        generation = Generation(job, outbox)
         try:
             await self._generate(generation)
         except StreamEnded as ended:
@@ -161,6 +168,13 @@ class Generator:
         outcome = await self._streams.seal(writer.job_id, Terminal(by, usage, error), writer)
         if outcome is not SealOutcome.WRITTEN:
             logger.info("%s: not sealed by attempt %d: %s", writer.job_id, writer.attempt, outcome.name)
+
+    def produced_for(self, job_id: str, attempt: int) -> float:
+        """Seconds for which an attempt has been appending tokens."""
+        generation = self.running.get(job_id)
+        if generation is None or generation.outbox.writer.attempt != attempt:
+            return 0.0
+        return generation.outbox.produced_for
 
     def end(self, job_id: str, ended: StreamEnded) -> None:
         """Frees a job's slots now: it is no longer ours, or no longer wanted."""

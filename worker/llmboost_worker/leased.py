@@ -1,26 +1,33 @@
 """arq's worker, event-driven and leased.
 
-`LeasedWorker` keeps arq's job format, serializer hooks, try counting, job runner and life cycle. It diverges
-from arq 0.28 in this, and in nothing else:
+`LeasedWorker` keeps arq's job format, serializer hooks, job runner and life cycle. It diverges from arq 0.28
+in this, and in nothing else:
 
 1. **Claim.** arq leaves running jobs in the queue's sorted set and probes each with four round trips at every
-   poll. Here one script takes up to k jobs out of the queue and under a lease (`JobQueue.claim`).
+   poll. Here one script takes up to k jobs out of the queue and under a lease (`LeasedJobs.claim`).
 2. **Poll.** arq sleeps half a second between polls. Here a worker with free slots waits for a wake token,
    which every enqueue pushes, and one without waits for a slot.
 3. **Lease.** arq marks a job as running for job_timeout + 10 s, so a killed worker's jobs wait that long.
    Here the mark is a short lease, renewed by heartbeat; when it lapses any live worker returns the job.
 4. **Finish.** arq deletes the job whoever runs it now. Here a script compares owner and attempt first, and a
-   job that was not finished goes back to the head of the queue at once, at no cost in tries.
-5. **Failure.** arq's silent endings (expired, unreadable, unknown function, tries used up, aborted before
+   job that was not finished goes back to the queue at once.
+5. **Tries.** arq counts starts, whatever ended them. Here the deaths of workers are counted, and only against
+   jobs that may be to blame (`llmboost.leases`); arq's own limit is out of reach.
+6. **Failure.** arq's silent endings (expired, unreadable, unknown function, tries used up, aborted before
    its start) seal the stream with an error, so that whoever reads it learns of it.
-6. **Redis away.** Any Redis error ends arq's worker. Here the poll waits until Redis is back, and a job
+7. **Redis away.** Any Redis error ends arq's worker. Here the poll waits until Redis is back, and a job
    that could not be started goes back to the queue.
+8. **Told to go.** arq cancels its jobs and returns them one by one. Here the first thing that happens is one
+   script that releases them all; and a claim under way is waited for, or nobody would know of its jobs.
 """
 
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from typing import Any
 
 import msgspec
@@ -31,13 +38,23 @@ from redis.exceptions import RedisError
 from llmboost import keys
 from llmboost.connection import BLOCK_S, deserialize, serialize
 from llmboost.entries import StreamError, Terminal
-from llmboost.queue import Claim, JobQueue
+from llmboost.leases import Claim
+from llmboost.queue import JobQueue
 from llmboost.streams import Writer, persist
 
 logger = logging.getLogger(__name__)
 
 NO_TIMEOUT_S = 10 * 365 * 86400
 """arq wants a limit on a job's run time; ours is the request's deadline, kept by the reaper."""
+CLAIMED_AT_ONCE = 8
+"""Jobs per claim at most, so that idle workers share a burst. One that gets all it asked for asks again."""
+ACQUITTED_AFTER_S = 1.0
+"""An attempt that has appended tokens for so long is not what kills its worker."""
+HAND_OVER_S = 1.5
+"""How long a worker that is told to go tries to release its jobs; if Redis is away their leases lapse."""
+
+current_claim: ContextVar[Claim] = ContextVar("current_claim")
+"""In a job's task: the claim under which it runs. The job's id alone may name a later claim by now."""
 
 
 class LeasedWorker(Worker):
@@ -59,7 +76,7 @@ class LeasedWorker(Worker):
             queue_name=keys.queue(model, "interactive"),
             redis_pool=redis_pool,
             max_jobs=max_jobs,
-            max_tries=max_tries,
+            max_tries=sys.maxsize,
             job_timeout=NO_TIMEOUT_S,
             keep_result=0,
             poll_delay=0,
@@ -73,13 +90,21 @@ class LeasedWorker(Worker):
         self.model = model
         self.owner = owner
         self.lease = lease
+        self.deaths_allowed = max_tries
         self.claims: dict[str, Claim] = {}
         """By job id: what this worker holds and renews."""
         self.on_lost: Callable[[str], None] = lambda job_id: None
         """Called with the id of a job that another worker has taken over."""
+        self.produced_for: Callable[[Claim], float] = lambda claim: 0.0
+        """Seconds between the first and the latest new token that this attempt has appended."""
+        self._acquitted: set[Claim] = set()
+        self._probation: Claim | None = None
         self._settling: set[str] = set()
         """Ids of claims whose finish or release is on its way."""
         self._slot_freed = asyncio.Event()
+        self._claiming: asyncio.Task[list[Claim]] | None = None
+        self._going: asyncio.Task[None] | None = None
+        self._background: set[asyncio.Task[None]] = set()
 
     async def main(self) -> None:
         """arq's main loop, begun when Redis answers."""
@@ -106,24 +131,43 @@ class LeasedWorker(Worker):
         if free <= 0 or not self.allow_pick_jobs:
             await self._slot_freed.wait()
             return
-        claims = await self.queue.claim(self.model, free, self.owner, self.lease)
+        self._claiming = self.loop.create_task(self._claim(min(free, CLAIMED_AT_ONCE)))
+        claims = await asyncio.shield(self._claiming)
         for claim in claims:
-            await self._start(claim)
+            if self.claims.get(claim.job_id) is claim:  # else handed over already
+                await self._start(claim)
         if not claims:
             await self.queue.wait(self.model, BLOCK_S)
+
+    async def _claim(self, count: int) -> list[Claim]:
+        claims = await self.queue.claim(self.model, count, self.owner, self.lease)
+        for claim in claims:
+            self.claims[claim.job_id] = claim
+            if claim.on_probation:
+                self._probation = claim
+        return claims
 
     async def _start(self, claim: Claim) -> None:
         await self.sem.acquire()
         self.job_counter += 1
-        self.claims[claim.job_id] = claim
-        task = self.loop.create_task(self._run(claim))
+        task = self.loop.create_task(self._run(claim, self.tasks.get(claim.job_id)))
         self.tasks[claim.job_id] = task
         task.add_done_callback(lambda _: self._release_sem_dec_counter_on_complete())
 
-    async def _run(self, claim: Claim) -> None:
-        """arq's job runner; a job that did not get as far as its function goes back to the queue."""
+    async def _run(self, claim: Claim, before: "asyncio.Task[None] | None") -> None:
+        """arq's job runner; a job that did not get as far as its function goes back to the queue.
+
+        `before` runs an earlier attempt, if this worker has lost the job and got it back: it ends first.
+        """
+        current_claim.set(claim)
         try:
-            await self.run_job(claim.job_id, claim.score)
+            if before is not None:
+                before.cancel()
+                await asyncio.wait({before})
+            if claim.used_up:
+                await self._fail(claim, self._tries_used_up())
+            else:
+                await self.run_job(claim.job_id, claim.score)
         except (Exception, asyncio.CancelledError) as error:
             logger.warning("%s goes back to the queue: %r", claim.job_id, error)
             settling = self.loop.create_task(self._settle(claim, finished=False))
@@ -141,22 +185,96 @@ class LeasedWorker(Worker):
             if finished:
                 await persist(lambda: self.queue.finish(self.model, claim, self.owner))
             else:
-                await persist(lambda: self.queue.release(claim, self.owner))
-            self.claims.pop(claim.job_id, None)
+                await persist(lambda: self.queue.release(self.owner, [claim]))
+            self._drop(claim)
         finally:
             self._settling.discard(claim.job_id)
+
+    def _drop(self, claim: Claim) -> None:
+        """The claim is no longer ours."""
+        if self.claims.get(claim.job_id) is claim:
+            del self.claims[claim.job_id]
+        if claim is self._probation:
+            self._end_probation()
 
     # Lease
 
     async def renew(self) -> None:
         """Extends the leases of all jobs held, and drops those that are no longer ours."""
         held = list(self.claims.values())
-        for job_id in await self.queue.renew(self.model, self.owner, self.lease, held):
+        acquitted = {
+            claim
+            for claim in held
+            if claim not in self._acquitted and self.produced_for(claim) >= ACQUITTED_AFTER_S
+        }
+        lost = await self.queue.renew(self.model, self.owner, self.lease, held, acquitted)
+        self._acquitted = (self._acquitted | acquitted) & set(held)
+        if self._probation in acquitted:
+            self._end_probation()
+        for job_id in lost:
             if job_id not in self.claims or job_id in self._settling:
                 continue  # its own finish came between
             logger.warning("%s was taken over by another worker", job_id)
-            self.claims.pop(job_id, None)
+            self._drop(self.claims[job_id])
             self.on_lost(job_id)
+
+    def first_token(self, job_id: str) -> None:
+        """The job's attempt has appended its first new token: a probation ends, unless it is a longer one."""
+        claim = self._probation
+        if claim is not None and claim.job_id == job_id and claim.deaths < self.deaths_allowed:
+            self._end_probation()
+
+    def _end_probation(self) -> None:
+        assert self._probation is not None
+        job_id, self._probation = self._probation.job_id, None
+        self._in_background(persist(lambda: self.queue.end_probation(self.model, self.owner, job_id)))
+
+    def _in_background(self, work: Awaitable[None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    # Told to go
+
+    def handle_sig(self, signum: signal.Signals) -> None:
+        """Hands everything over, then ends as arq does."""
+        if self._going is None:
+            self.allow_pick_jobs = False
+            self._going = self.loop.create_task(self._go(signum))
+
+    async def _go(self, signum: signal.Signals) -> None:
+        if self.on_stop:
+            self.on_stop(signum)
+        try:
+            async with asyncio.timeout(min(HAND_OVER_S, self.lease)):
+                await self._hand_over()
+                if self._claiming is not None and not self._claiming.done():
+                    await asyncio.wait({self._claiming})
+                    await self._hand_over()
+        except Exception as error:  # whatever it is, the process ends
+            logger.warning("the jobs go to others when their leases lapse: %r", error)
+        self.on_stop = None
+        super().handle_sig(signum)
+
+    async def _hand_over(self) -> None:
+        """Releases every job at once."""
+        claims = [claim for job_id, claim in self.claims.items() if job_id not in self._settling]
+        if claims:
+            await persist(lambda: self.queue.release(self.owner, claims))
+            logger.info("handed %d jobs over", len(claims))
+        for claim in claims:
+            self._drop(claim)
+
+    async def close(self) -> None:
+        """Ends the jobs' tasks, then the process's own; Redis may be away."""
+        self.handle_sig(signal.SIGTERM)
+        assert self._going is not None
+        await self._going
+        await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+        await asyncio.gather(*self._background, return_exceptions=True)
+        if self.on_shutdown:
+            await self.on_shutdown(self.ctx)
+        await self.pool.aclose()
 
     # Finish
 
@@ -171,23 +289,23 @@ class LeasedWorker(Worker):
         keep_in_progress: float | None,
     ) -> None:
         """Deletes a job that has ended, or hands one that was interrupted back to the queue's head."""
-        if claim := self.claims.get(job_id):
-            await self._settle(claim, finished=finish)
+        await self._settle(current_claim.get(), finished=finish)
 
     async def finish_failed_job(self, job_id: str, result_data: bytes | None) -> None:
         """Seals the stream of a job that arq won't run, then deletes the job."""
-        claim = self.claims.get(job_id)
-        if claim is None:
-            return
         reason = str(msgspec.msgpack.decode(result_data)["r"]) if result_data else "it can't be run"
-        terminal = Terminal(f"{self.owner}/{claim.attempt}", error=self._failure(reason))
-        await self.queue.streams.seal(job_id, terminal, Writer(job_id, claim.attempt))
+        error = StreamError(f"The request was not run: {reason}.", code="job_failed")
+        await self._fail(current_claim.get(), error)
+
+    async def _fail(self, claim: Claim, error: StreamError) -> None:
+        if self.claims.get(claim.job_id) is not claim:
+            return
+        terminal = Terminal(f"{self.owner}/{claim.attempt}", error=error)
+        await self.queue.streams.seal(claim.job_id, terminal, Writer(claim.job_id, claim.attempt))
         await self._settle(claim, finished=True)
 
-    def _failure(self, reason: str) -> StreamError:
-        if "retries exceeded" in reason:
-            return StreamError(
-                f"The request was given up after {self.max_tries} tries: each time, its worker died.",
-                code="tries_used_up",
-            )
-        return StreamError(f"The request was not run: {reason}.", code="job_failed")
+    def _tries_used_up(self) -> StreamError:
+        tries = f"{self.deaths_allowed} tries" if self.deaths_allowed > 1 else "one try"
+        return StreamError(
+            f"The request was given up after {tries}: each time, its worker died.", code="tries_used_up"
+        )

@@ -7,6 +7,7 @@ the tokens that the running requests may still produce, and sent when it is back
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,10 +28,15 @@ class Outbox:
     writer: Writer
     on_end: Callable[[StreamEnded], None]
     """Called once if the stream turns out to have ended; nothing is sent after that."""
+    on_first_token: Callable[[], None] = lambda: None
+    """Called once, when the attempt's first new token is in the stream."""
     pending: deque[Delta] = field(default_factory=deque)
     in_flight: tuple[str, Delta] | None = None
     """Entry id and content; kept unchanged until its outcome is known."""
     empty: asyncio.Event = field(default_factory=asyncio.Event)
+    first_token_at: float | None = None
+    """Monotonic time at which the attempt's first new token was known to be in the stream."""
+    latest_token_at: float = 0.0
 
     def __post_init__(self) -> None:
         self.empty.set()
@@ -43,6 +49,22 @@ class Outbox:
             self.pending.clear()
             self.in_flight = self.writer.next_id(), Delta(choices, prompt_tokens)
         return self.in_flight
+
+    def appended(self) -> None:
+        """The entry in flight is in the stream."""
+        assert self.in_flight is not None
+        _, delta = self.in_flight
+        self.in_flight = None
+        if any(choice.token_ids for choice in delta.choices):
+            self.latest_token_at = time.monotonic()
+            if self.first_token_at is None:
+                self.first_token_at = self.latest_token_at
+                self.on_first_token()
+
+    @property
+    def produced_for(self) -> float:
+        """Seconds between the first new token in the stream and the latest."""
+        return 0.0 if self.first_token_at is None else self.latest_token_at - self.first_token_at
 
 
 class Publisher:
@@ -102,7 +124,7 @@ class Publisher:
                     logger.exception("entry %s of %s failed", entry_id, outbox.writer.job_id)
                 again = True
             else:
-                outbox.in_flight = None
+                outbox.appended()
                 if outbox.pending:
                     self._work.set()
                 else:

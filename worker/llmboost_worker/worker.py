@@ -23,19 +23,21 @@ from llmboost.queue import JobQueue
 from llmboost.reaper import reap_forever
 from llmboost.registry import ModelCard, Registry, WorkerCard
 from llmboost.settings import WorkerSettings
-from llmboost.streams import StreamFenced, TokenStreams
+from llmboost.streams import StreamFenced, TokenStreams, persist
 from llmboost_worker.audience import AudienceWatch
 from llmboost_worker.engine.interface import Engine, EngineError, EngineInfo, StepOutput
 from llmboost_worker.generation import Generator
-from llmboost_worker.leased import LeasedWorker
+from llmboost_worker.leased import LeasedWorker, current_claim
 from llmboost_worker.models import locate
 from llmboost_worker.publisher import Publisher
 from llmboost_worker.text import Tokenizer, TokenizerError
 
 logger = logging.getLogger(__name__)
 
+GOODBYE_S = 1.0
+"""How long a worker that ends waits for its engine's current step, and for Redis to take note."""
 EXIT_WITHIN_S = 10.0
-"""After a signal: the process ends then even if Redis or the engine does not let it finish."""
+"""After a signal: the process ends then, whatever holds it up."""
 
 T = TypeVar("T")
 Load = Callable[[WorkerSettings], tuple[Engine, Tokenizer]]
@@ -86,6 +88,8 @@ class WorkerProcess:
             EngineError, TokenizerError: it can't be; says why.
         """
         loop = asyncio.get_running_loop()
+        # From the beginning, so that a lone worker that was restarted may reclaim once it has loaded.
+        self._tasks = [loop.create_task(self._renew_leases())]
         engine, tokenizer = await _in_thread(lambda: self._load(self.settings))
         self.engine = engine
 
@@ -107,11 +111,14 @@ class WorkerProcess:
             running=lambda: [generation.job for generation in self._generator.running.values()],
             end=self._generator.end,
         )
+        generator = self.generator
+        self.generator.on_first_token = self.arq.first_token
+        self.arq.produced_for = lambda claim: generator.produced_for(claim.job_id, claim.attempt)
         self.arq.on_lost = lambda job_id: self._generator.end(
             job_id, StreamFenced(f"{job_id}: the lease was lost")
         )
-        await self._announce(info)
-        self._tasks = [
+        await persist(lambda: self._announce(info))
+        self._tasks += [
             loop.create_task(self.publisher.run()),
             loop.create_task(watch.run()),
             loop.create_task(self._heartbeat(info)),
@@ -128,26 +135,32 @@ class WorkerProcess:
         )
 
     async def stop(self, ctx: dict[Any, Any]) -> None:
-        """Frees the model and says goodbye; the jobs have been handed back by now."""
+        """Says goodbye and frees the model; the jobs have been handed over by now."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, self._say_goodbye(), self._close_engine(), return_exceptions=True)
+
+    async def _say_goodbye(self) -> None:
         try:
-            async with asyncio.timeout(1):
+            async with asyncio.timeout(GOODBYE_S):
                 await self.registry.withdraw(self.id)
                 # A wake token that this worker popped while it was told to go must wake another.
                 await self.queue.wake(self.names[0])
-        except (RedisError, OSError, TimeoutError) as error:
+        except (RedisError, OSError) as error:
             logger.warning("can't say goodbye: %s", error)
-        if self.engine is not None:
-            await _in_thread(self.engine.close)
+
+    async def _close_engine(self) -> None:
+        if self.generator is None or self.engine is None:
+            return  # it still loads, and is not to be waited for
+        try:
+            async with asyncio.timeout(GOODBYE_S):
+                await _in_thread(self.engine.close)
+        except TimeoutError:
+            logger.info("the engine is in the middle of a long step; not waiting for it")
 
     async def generate(self, ctx: dict[Any, Any], opaque: OpaqueJob) -> None:
         """arq's function: runs one job."""
-        job_id: str = ctx["job_id"]
-        claim = self.arq.claims.get(job_id)
-        if claim is not None:  # else the lease was lost before it began
-            await self._generator.run(opaque.decode(), claim.attempt)
+        await self._generator.run(opaque.decode(), current_claim.get().attempt)
 
     @property
     def _generator(self) -> Generator:
@@ -160,23 +173,40 @@ class WorkerProcess:
         self._generator.deliver(step)
 
     def _engine_failed(self, error: BaseException) -> None:
-        # Another worker takes the jobs over when their leases lapse, each at the cost of a try: one of
-        # them may be what killed the engine.
+        # Other workers take the jobs over when their leases lapse. One of them may be what killed the
+        # engine: `llmboost.leases` finds out which.
         logger.critical("the engine has ended: %r", error)
         os._exit(os.EX_SOFTWARE)
 
     # Heartbeat
 
-    async def _heartbeat(self, info: EngineInfo) -> None:
+    async def _renew_leases(self) -> None:
+        """By itself, and with a limit for each call: nothing else may hold the renewals up."""
+        lease = self.settings.lease
         while True:
             try:
-                await self.arq.renew()
-                await self._announce(info)
-                for job_id in await self.queue.reclaim(self.names[0]):
-                    logger.warning("%s: its worker's lease has lapsed; back in the queue", job_id)
+                async with asyncio.timeout(lease / 4):
+                    await self.arq.renew()
             except (RedisError, OSError) as error:
-                logger.warning("no heartbeat: %s", error)
-            await asyncio.sleep(self.settings.lease / 5)
+                logger.warning("can't renew the leases: %s", str(error) or "no answer in time")
+            except Exception:  # a defect here must not end every job
+                logger.exception("can't renew the leases")
+            await asyncio.sleep(lease / 5)
+
+    async def _heartbeat(self, info: EngineInfo) -> None:
+        """Says that it is alive, and returns the jobs of those who are not."""
+        settings = self.settings
+        while True:
+            try:
+                async with asyncio.timeout(settings.lease):
+                    await self._announce(info)
+                    for job_id in await self.queue.reclaim(
+                        self.names[0], self.id, settings.lease, settings.max_tries
+                    ):
+                        logger.warning("%s: its worker's lease has lapsed; back in the queue", job_id)
+            except (RedisError, OSError) as error:
+                logger.warning("no heartbeat: %s", str(error) or "no answer in time")
+            await asyncio.sleep(settings.lease / 5)
 
     async def _announce(self, info: EngineInfo) -> None:
         assert self.engine is not None

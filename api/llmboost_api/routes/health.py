@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 from redis.exceptions import RedisError
 
-from llmboost.queue import JOB_CLASSES
+from llmboost.jobs import JOB_CLASSES
 from llmboost_api.pod import Pod, pod_of
 
 router = APIRouter(tags=["health"])
