@@ -10,10 +10,11 @@ from llmboost.connection import connect
 from llmboost.embedded import free_port
 from llmboost.queue import JobQueue
 from llmboost.streams import TokenStreams
+from tests.integration.workers import RETENTION_S, start_worker, tokenizer, vocabulary
 
 from .api_pod import RunningPod, ScriptedWorker, serving, settings_for, working
 
-RETENTION_S = 60.0
+__all__ = ["start_worker", "tokenizer", "vocabulary"]
 
 
 @pytest.fixture(scope="session")

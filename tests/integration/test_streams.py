@@ -20,7 +20,7 @@ from llmboost.streams import (
     append_to,
     persist,
 )
-from tests.integration.conftest import RETENTION_S
+from tests.integration.workers import RETENTION_S
 from tests.jobs import make_job
 
 CANCELLED = Terminal("canceller", error=StreamError("cancelled"))

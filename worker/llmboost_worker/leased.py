@@ -251,8 +251,12 @@ class LeasedWorker(Worker):
                 if self._claiming is not None and not self._claiming.done():
                     await asyncio.wait({self._claiming})
                     await self._hand_over()
+                await asyncio.gather(*self._background)
         except Exception as error:  # whatever it is, the process ends
             logger.warning("the jobs go to others when their leases lapse: %r", error)
+        self.claims.clear()
+        for task in self._background:
+            task.cancel()
         self.on_stop = None
         super().handle_sig(signum)
 
@@ -271,7 +275,6 @@ class LeasedWorker(Worker):
         assert self._going is not None
         await self._going
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
-        await asyncio.gather(*self._background, return_exceptions=True)
         if self.on_shutdown:
             await self.on_shutdown(self.ctx)
         await self.pool.aclose()

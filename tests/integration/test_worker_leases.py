@@ -1,0 +1,368 @@
+"""What a worker does with its leases: keeps them, hands them over, loses them, and takes others'."""
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+from arq.connections import ArqRedis
+
+from llmboost import keys
+from llmboost.jobs import GenerationJob
+from llmboost.leases import Claim
+from llmboost.queue import JobQueue
+from llmboost.streams import TokenStreams
+from llmboost_worker import generation, leased
+from llmboost_worker.text import Tokenizer
+from tests.integration.deaths import begin, die
+from tests.integration.workers import (
+    LEASE_S,
+    RunningWorker,
+    StartWorker,
+    emitted,
+    ended,
+    expected_ids,
+    running,
+    step_until,
+    submit,
+    transcript,
+)
+from tests.jobs import MODEL
+from tests.waiting import wait_until
+
+
+async def is_suspect(redis: ArqRedis, job: GenerationJob) -> bool:
+    return bool(await redis.exists(keys.arq_retry(job.id)))
+
+
+async def waiting(redis: ArqRedis) -> int:
+    """Jobs in the queue; with no lease left on any of them."""
+    assert await redis.zcard(keys.leases(MODEL)) == 0
+    return int(await redis.zcard(keys.queue(MODEL, "interactive")))
+
+
+# Acquittal and probation
+
+
+async def test_an_attempt_that_goes_on_producing_is_acquitted(
+    start_worker: StartWorker,
+    queue: JobQueue,
+    streams: TokenStreams,
+    redis: ArqRedis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that has produced a token and then hangs is not."""
+    monkeypatch.setattr(leased, "ACQUITTED_AFTER_S", 0.05)
+    worker = await start_worker()
+    job = await submit(queue, max_tokens=900)
+    await running(worker)
+    await step_until(worker, lambda: emitted(streams, job, 1))
+    await worker.process.arq.renew()
+    assert await is_suspect(redis, job)
+    await step_until(worker, lambda: _acquitted(redis, job))
+
+
+async def _acquitted(redis: ArqRedis, job: GenerationJob) -> bool:
+    return not await is_suspect(redis, job)
+
+
+async def on_last_try(queue: JobQueue, *, deaths: int) -> list[GenerationJob]:
+    """Two jobs whose workers have died `deaths` times, each time with both."""
+    jobs = [await submit(queue, max_tokens=900) for _ in range(2)]
+    for _ in range(deaths):
+        claims = []
+        while some := await queue.claim(MODEL, 8, "dead", LEASE_S):
+            claims += some
+            await queue.redis.delete(keys.probation("dead"))
+        await begin(queue, claims)
+        await die(queue, claims)
+    return jobs
+
+
+async def test_the_next_on_its_last_try_comes_after_the_first_token(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis
+) -> None:
+    jobs = await on_last_try(queue, deaths=2)
+    worker = await start_worker()
+    await running(worker, 1)
+    assert await redis.get(keys.probation(worker.process.id)) == jobs[0].id.encode()
+    worker.engine.step()
+    await running(worker, 2)
+    worker.engine.step()
+    await wait_until(lambda: _none_on_probation(redis))
+
+
+async def _none_on_probation(redis: ArqRedis) -> bool:
+    return not await redis.keys(keys.probation("*"))
+
+
+async def test_one_that_may_kill_later_is_on_probation_until_acquitted(
+    start_worker: StartWorker,
+    queue: JobQueue,
+    streams: TokenStreams,
+    redis: ArqRedis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(leased, "ACQUITTED_AFTER_S", 0.05)
+    first, second = await on_last_try(queue, deaths=3)
+    worker = await start_worker()
+    await running(worker, 1)
+    await step_until(worker, lambda: emitted(streams, first, 1))
+    assert await redis.exists(keys.probation(worker.process.id))
+    await step_until(worker, lambda: len(worker.engine.sequences) == 2)
+    assert not await is_suspect(redis, first)
+    assert await is_suspect(redis, second)
+
+
+async def test_a_probation_ends_with_its_job(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis
+) -> None:
+    first, _ = await on_last_try(queue, deaths=2)
+    worker = await start_worker()
+    await running(worker, 1)
+    worker.engine.failing = set(worker.engine.sequences)
+    worker.engine.step()
+    await ended(streams, first)
+    await running(worker, 1)
+    await worker.terminate()
+    await wait_until(lambda: _none_on_probation(redis))
+
+
+# Losing and keeping
+
+
+async def test_a_worker_that_gets_back_the_job_it_has_lost_runs_it_once(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis, tokenizer: Tokenizer
+) -> None:
+    """It was starved for longer than its lease, and then claims before it has noticed. The earlier attempt's
+    end must not be taken for the later one's."""
+    worker = await start_worker()
+    job = await submit(queue)
+    await running(worker)
+    await step_until(worker, lambda: emitted(streams, job, 3))
+    earlier = worker.process.arq.claims[job.id]
+    await queue.release(worker.process.id, [earlier])
+    await wait_until(lambda: worker.process.arq.claims[job.id].attempt == 2)
+    await wait_until(lambda: [s for s in worker.engine.sequences if "#2." in s])
+    assert len(worker.engine.sequences) == 1
+    assert await redis.zscore(keys.leases(MODEL), job.id) is not None
+    await step_until(worker, lambda: not worker.engine.sequences)
+    assert (await ended(streams, job)).error is None
+    assert (await transcript(streams, job)).choices[0].token_ids == expected_ids(job, worker, tokenizer, 12)
+
+
+async def test_an_outage_takes_no_job_from_its_worker(
+    start_worker: StartWorker, queue: JobQueue, redis: ArqRedis
+) -> None:
+    """Redis answers nobody for longer than the lease: afterwards every worker goes on with what it had."""
+    workers = [await start_worker() for _ in range(2)]
+    jobs = [await submit(queue, max_tokens=900) for _ in range(4)]
+    await wait_until(lambda: sum(len(worker.engine.sequences) for worker in workers) == len(jobs))
+    await wait_until(lambda: _reclaims(redis, workers))
+    held = [set(worker.process.arq.claims) for worker in workers]
+    async with frozen(redis):
+        await asyncio.sleep(2 * LEASE_S)  # what is tested is that time passes
+    await wait_until(lambda: _reclaims(redis, workers))
+    assert [set(worker.process.arq.claims) for worker in workers] == held
+    assert {claim.attempt for worker in workers for claim in worker.process.arq.claims.values()} == {1}
+
+
+async def _reclaims(redis: ArqRedis, workers: list[RunningWorker]) -> bool:
+    """Whether every worker may take others' jobs: it has been in contact for a lease."""
+    seconds, micro = await redis.time()
+    since = await redis.mget([keys.contact(worker.process.id) for worker in workers])
+    return all(began and seconds + micro / 1e6 - int(began) / 1000 > LEASE_S for began in since)
+
+
+async def test_renewals_go_on_while_another_call_gets_no_answer(
+    start_worker: StartWorker, queue: JobQueue, redis: ArqRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await start_worker()
+    job = await submit(queue)
+    await running(worker)
+    held_up = asyncio.Event()
+
+    async def no_answer(*arguments: object) -> None:
+        held_up.set()
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(worker.process.registry, "announce", no_answer)
+    await asyncio.wait_for(held_up.wait(), 10)
+    lapses = await redis.zscore(keys.leases(MODEL), job.id)
+    await wait_until(lambda: _later(redis, job, lapses))
+
+
+async def _later(redis: ArqRedis, job: GenerationJob, lapses: float) -> bool:
+    return float(await redis.zscore(keys.leases(MODEL), job.id)) > lapses + 300
+
+
+async def test_a_renewal_that_gets_no_answer_is_tried_again_within_the_lease(
+    start_worker: StartWorker, queue: JobQueue, redis: ArqRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = await start_worker()
+    await submit(queue)
+    await running(worker)
+    calls: list[float] = []
+    clock = asyncio.get_running_loop().time
+
+    async def no_answer(*arguments: object) -> list[str]:
+        calls.append(clock())
+        await asyncio.Event().wait()
+        return []
+
+    monkeypatch.setattr(worker.process.queue, "renew", no_answer)
+    await wait_until(lambda: len(calls) >= 3)
+
+
+# Told to go
+
+
+async def test_a_worker_that_is_told_to_go_hands_over_before_all_else(
+    start_worker: StartWorker, queue: JobQueue, redis: ArqRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All jobs at once, while the engine is still in the middle of a step; none at the cost of a try."""
+    worker = await start_worker()
+    jobs = [await submit(queue) for _ in range(6)]
+    await running(worker, 6)
+    step_over = threading.Event()
+    close = worker.engine.close
+
+    def close_after_the_step() -> None:
+        step_over.wait(60)
+        close()
+
+    worker.engine.close = close_after_the_step  # type: ignore[method-assign]
+    release = worker.process.queue.release
+    released: list[int] = []
+
+    async def counted(owner: str, claims: Sequence[Claim]) -> list[str]:
+        released.append(len(claims))
+        return await release(owner, claims)
+
+    monkeypatch.setattr(worker.process.queue, "release", counted)
+    terminating = asyncio.create_task(worker.terminate())
+    await wait_until(lambda: _all_wait(redis, 6))
+    assert not terminating.done()
+    step_over.set()
+    await terminating
+    assert released == [6]
+    for job in jobs:
+        assert not await redis.hexists(keys.claim(job.id), "deaths")
+        assert not await is_suspect(redis, job)
+
+
+async def _all_wait(redis: ArqRedis, count: int) -> bool:
+    return (await redis.zcard(keys.queue(MODEL, "interactive")), await redis.zcard(keys.leases(MODEL))) == (
+        count,
+        0,
+    )
+
+
+async def test_jobs_of_a_claim_under_way_are_handed_over_too(
+    start_worker: StartWorker, queue: JobQueue, redis: ArqRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis has given the jobs away, but the reply is not here yet when the signal comes."""
+    worker = await start_worker()
+    claimed, reply = asyncio.Event(), asyncio.Event()
+    claim = worker.process.queue.claim
+
+    async def slow_claim(*arguments: Any) -> Any:
+        claims = await claim(*arguments)
+        if claims:
+            claimed.set()
+            await reply.wait()
+        return claims
+
+    monkeypatch.setattr(worker.process.queue, "claim", slow_claim)
+    await submit(queue)
+    await asyncio.wait_for(claimed.wait(), 10)
+    terminating = asyncio.create_task(worker.terminate())
+    reply.set()
+    await terminating
+    assert await waiting(redis) == 1
+
+
+async def test_a_prompt_that_is_being_encoded_goes_to_the_next_worker(
+    start_worker: StartWorker,
+    queue: JobQueue,
+    streams: TokenStreams,
+    redis: ArqRedis,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A long one is encoded in a thread, which nobody can stop; what it yields is dropped."""
+    encoding, encoded = threading.Event(), threading.Event()
+    encode = generation.encode_prompt
+
+    def slow_encode(*arguments: Any) -> list[int]:
+        encoding.set()
+        encoded.wait(60)
+        return encode(*arguments)
+
+    monkeypatch.setattr(generation, "encode_prompt", slow_encode)
+    monkeypatch.setattr(generation, "LONG_TEXT", 0)
+    worker = await start_worker()
+    job = await submit(queue)
+    await wait_until(encoding.is_set)
+    await worker.terminate()
+    encoded.set()
+    assert await waiting(redis) == 1
+    assert (await transcript(streams, job)).terminal is None
+    second = await start_worker()
+    await running(second)
+
+
+async def test_a_job_that_ends_as_its_worker_goes_is_not_run_again(
+    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis
+) -> None:
+    """It may have been handed over before its seal: the next worker finds the seal and clears it away."""
+    worker = await start_worker()
+    job = await submit(queue, max_tokens=1)
+    await running(worker)
+    worker.engine.step()
+    await worker.terminate()
+    second = await start_worker()
+    await step_until(second, lambda: _sealed(streams, job))
+    await wait_until(lambda: _cleared(redis, job))
+    log = await transcript(streams, job)
+    assert (len(log.choices[0].token_ids), log.terminal is not None) == (1, True)
+
+
+async def _sealed(streams: TokenStreams, job: GenerationJob) -> bool:
+    return (await transcript(streams, job)).terminal is not None
+
+
+async def _cleared(redis: ArqRedis, job: GenerationJob) -> bool:
+    return not await redis.exists(keys.claim(job.id), keys.arq_job(job.id), keys.arq_retry(job.id))
+
+
+async def test_a_worker_goes_even_if_redis_does_not_answer(
+    start_worker: StartWorker, queue: JobQueue, redis: ArqRedis
+) -> None:
+    """Its jobs go to others when their leases lapse."""
+    worker = await start_worker()
+    await submit(queue)
+    await running(worker)
+    async with frozen(redis):
+        await asyncio.wait_for(worker.terminate(), 20)
+    await start_worker()
+    await wait_until(lambda: _attempt(queue, 2))
+
+
+async def _attempt(queue: JobQueue, attempt: int) -> bool:
+    [claim] = await queue.redis.keys(keys.claim("*"))
+    return int(await queue.redis.hget(claim, "attempt")) == attempt
+
+
+@asynccontextmanager
+async def frozen(redis: ArqRedis) -> AsyncIterator[None]:
+    """The server answers nobody."""
+    server = (await redis.info("server"))["process_id"]
+    os.kill(server, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(server, signal.SIGCONT)
