@@ -191,6 +191,7 @@ async def test_a_poisonous_request_is_given_up_and_nobody_else(queue: JobQueue, 
                     assert claim.job_id == poison
                     await sealed_as_used_up(queue, claim, owner)
                 if claim.on_probation:  # the first token
+                    assert claim.deaths == max_tries - 1, "spared when the poisonous one was on probation"
                     await queue.end_probation(MODEL, owner, claim.job_id)
         else:
             running = {claim.job_id for claim in held if not claim.used_up}
@@ -279,7 +280,7 @@ async def test_jobs_that_lapse_after_the_one_on_probation_are_spared_too(queue: 
     await die(queue, [other])
     await die(queue, claims[:1])
     [claim] = await queue.claim(MODEL, 8, "b", LEASE_S)
-    assert (claim.job_id, claim.used_up) == (claims[0].job_id, False)
+    assert (claim.job_id, claim.deaths) == (claims[0].job_id, 2)
 
 
 async def _next_on_probation(queue: JobQueue, owner: str) -> list[Claim]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from arq.connections import ArqRedis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from llmboost import keys
 from llmboost.jobs import GenerationJob
@@ -156,26 +157,45 @@ async def test_a_worker_that_gets_back_the_job_it_has_lost_runs_it_once(
 
 
 async def test_an_outage_takes_no_job_from_its_worker(
-    start_worker: StartWorker, queue: JobQueue, redis: ArqRedis
+    start_worker: StartWorker, queue: JobQueue, redis: ArqRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Redis answers nobody for longer than the lease: afterwards every worker goes on with what it had."""
-    workers = [await start_worker() for _ in range(2)]
+    """No renewal comes through for longer than the lease, and one worker is back before the other: afterwards
+    each goes on with what it had."""
+    early, late = workers = [await start_worker() for _ in range(2)]
     jobs = [await submit(queue, max_tokens=900) for _ in range(4)]
     await wait_until(lambda: sum(len(worker.engine.sequences) for worker in workers) == len(jobs))
-    await wait_until(lambda: _reclaims(redis, workers))
+    await wait_until(lambda: _reclaims(redis, early))
     held = [set(worker.process.arq.claims) for worker in workers]
-    async with frozen(redis):
-        await asyncio.sleep(2 * LEASE_S)  # what is tested is that time passes
-    await wait_until(lambda: _reclaims(redis, workers))
+
+    async def away(*arguments: object) -> None:
+        raise RedisConnectionError("away")
+
+    for worker in workers:
+        monkeypatch.setattr(worker.process.queue, "renew", away)
+    await wait_until(lambda: _all_lapsed(redis, len(jobs)))
+    monkeypatch.setattr(early.process.queue, "renew", queue.renew)
+    await wait_until(lambda: _in_contact_again(redis, early))
+    monkeypatch.setattr(late.process.queue, "renew", queue.renew)
+    await wait_until(lambda: _reclaims(redis, early))
     assert [set(worker.process.arq.claims) for worker in workers] == held
     assert {claim.attempt for worker in workers for claim in worker.process.arq.claims.values()} == {1}
 
 
-async def _reclaims(redis: ArqRedis, workers: list[RunningWorker]) -> bool:
-    """Whether every worker may take others' jobs: it has been in contact for a lease."""
+async def _all_lapsed(redis: ArqRedis, count: int) -> bool:
     seconds, micro = await redis.time()
-    since = await redis.mget([keys.contact(worker.process.id) for worker in workers])
-    return all(began and seconds + micro / 1e6 - int(began) / 1000 > LEASE_S for began in since)
+    now = seconds * 1000 + micro / 1000
+    return await redis.zcount(keys.leases(MODEL), 0, now) == count
+
+
+async def _in_contact_again(redis: ArqRedis, worker: RunningWorker) -> bool:
+    return bool(await redis.exists(keys.contact(worker.process.id)))
+
+
+async def _reclaims(redis: ArqRedis, worker: RunningWorker) -> bool:
+    """Whether it may take others' jobs: it has been in contact for a lease."""
+    seconds, micro = await redis.time()
+    began = await redis.get(keys.contact(worker.process.id))
+    return began is not None and seconds + micro / 1e6 - int(began) / 1000 > LEASE_S
 
 
 async def test_renewals_go_on_while_another_call_gets_no_answer(
@@ -277,6 +297,7 @@ async def test_jobs_of_a_claim_under_way_are_handed_over_too(
             await reply.wait()
         return claims
 
+    await wait_until(lambda: _waits_for_work(redis))
     monkeypatch.setattr(worker.process.queue, "claim", slow_claim)
     await submit(queue)
     await asyncio.wait_for(claimed.wait(), 10)
@@ -284,6 +305,10 @@ async def test_jobs_of_a_claim_under_way_are_handed_over_too(
     reply.set()
     await terminating
     assert await waiting(redis) == 1
+
+
+async def _waits_for_work(redis: ArqRedis) -> bool:
+    return (await redis.info("clients"))["blocked_clients"] == 1
 
 
 async def test_a_prompt_that_is_being_encoded_goes_to_the_next_worker(

@@ -132,7 +132,7 @@ class LeasedWorker(Worker):
             await self._slot_freed.wait()
             return
         self._claiming = self.loop.create_task(self._claim(min(free, CLAIMED_AT_ONCE)))
-        claims = await asyncio.shield(self._claiming)
+        claims = await self._claiming
         for claim in claims:
             if self.claims.get(claim.job_id) is claim:  # else handed over already
                 await self._start(claim)
