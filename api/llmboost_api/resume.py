@@ -46,16 +46,16 @@ class Reading:
 async def reading(
     request: Request,
     stream: Annotated[
-        str,
+        str | None,
         Query(description="The stream, and not the whole answer at its end."),
         WithJsonSchema({"type": "boolean"}),
-    ] = "false",
+    ] = None,
     starting_after: Annotated[
         str | None, Query(description="With `stream`: the id of the last frame received. The rest follows.")
     ] = None,
     last_event_id: Annotated[
         str | None,
-        Header(description="The same, and wins over it: what a browser's EventSource sends."),
+        Header(alias=HEADER, description="The same, and wins over it: what a browser's EventSource sends."),
     ] = None,
 ) -> Reading:
     """A dependency of routes.
@@ -70,18 +70,19 @@ async def reading(
             code="unknown_parameter",
             param=name[:60],
         )
-    streamed = _BOOLEANS.get(stream.lower())
-    if streamed is None:
-        raise ApiError(
-            400,
-            f"'stream' is {shown(stream)}, but it must be true or false.",
-            code="invalid_value",
-            param="stream",
-        )
+    streamed = stream is not None and _boolean("stream", stream)
     after = _resume_point(last_event_id, starting_after)
     if after is not None and not streamed:
         raise after.refused("that is only for streams. Add ?stream=true, or leave it out.")
     return Reading(streamed, after)
+
+
+def _boolean(param: str, given: str) -> bool:
+    value = _BOOLEANS.get(given.lower())
+    if value is None:
+        message = f"'{param}' is {shown(given)}, but it must be true or false."
+        raise ApiError(400, message, code="invalid_value", param=param)
+    return value
 
 
 def _resume_point(last_event_id: str | None, starting_after: str | None) -> ResumePoint | None:

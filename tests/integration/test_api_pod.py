@@ -200,8 +200,8 @@ async def test_draining_has_an_end_and_another_pod_goes_on(redis_url: str, worke
     rest_of_story = says(WORDS)[1:]
     path = "/v1/chat/completions"
     async with (
-        serving(settings_for(redis_url)) as other,
-        serving(settings_for(redis_url, drain_timeout=0.2)) as pod,
+        serving(settings_for(redis_url, grace=60)) as other,
+        serving(settings_for(redis_url, grace=60, drain_timeout=0.2)) as pod,
     ):
         asking = asyncio.create_task(pod.http.post(path, json=chat()))
         await wait_until(lambda: len(worker.jobs) == 1)
@@ -218,6 +218,9 @@ async def test_draining_has_an_end_and_another_pod_goes_on(redis_url: str, worke
         whole_id = refused.headers["x-request-id"]
         assert f"GET {path}/{whole_id}" in message
         assert refused.headers["x-should-retry"] == "false"
+        # The tailer's own promises last for 0.9 of the grace, and some of that has passed.
+        promised = await worker.queue.streams.audience([stream.id, whole_id])
+        assert all(54 < seconds <= 60 for seconds in promised)
         going.set()
         headers = {"last-event-id": last_id(stream.events) or ""}
         resumed = await other.http.get(f"{path}/{stream.id}?stream=true", headers=headers)

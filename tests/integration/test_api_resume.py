@@ -1,7 +1,11 @@
 """GET on a completion's id: exactly the rest of the stream, from any pod, wherever the connection broke."""
 
 import asyncio
+import os
+import re
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -18,6 +22,7 @@ from llmboost.jobs import GenerationJob, new_id
 from llmboost.streams import SEAL_ID, TokenStreams, Writer
 from llmboost_api import directory, sse
 
+from ..commands import ROOT
 from ..waiting import wait_until
 from .answers import check_error, events, id_in, last_id
 from .api_pod import (
@@ -289,7 +294,26 @@ async def test_several_prompts_are_read_from_the_beginning(pod: RunningPod, work
     check_error(part, 404, "completion_not_found", "completion_id")
 
 
-# Official clients
+# As users do it
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+async def test_the_readmes_lines_work(pod: RunningPod, worker: ScriptedWorker, tmp_path: Path) -> None:
+    """What they print follows what they cut off."""
+    texts = [f" {number}" for number in range(50)]
+    worker.script = lambda job: [*says(texts), ends(50)]
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (lines,) = [block for block in blocks if "Last-Event-ID" in block]
+    lines = lines.replace("http://localhost:8011", pod.url).replace("llmboost-demo", MODEL)
+    process = await asyncio.create_subprocess_exec(
+        "bash", "-euc", lines, cwd=tmp_path, stdout=asyncio.subprocess.PIPE, env={"PATH": os.environ["PATH"]}
+    )
+    printed, _ = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 0
+    received = (tmp_path / "part.txt").read_text()
+    assert len(events(received)) == 10
+    resumed = printed.decode().removeprefix(RETRY)
+    assert "".join(events(received)) + resumed == await rest(pod, CHAT, worker.jobs[0].id)
 
 
 async def test_an_official_client_reads_a_resumed_stream(pod: RunningPod, worker: ScriptedWorker) -> None:
