@@ -20,7 +20,7 @@ from llmboost import keys
 from llmboost.entries import ChoiceDelta, Delta, TokenLogprob
 from llmboost.jobs import GenerationJob, new_id
 from llmboost.streams import SEAL_ID, TokenStreams, Writer
-from llmboost_api import directory, sse
+from llmboost_api import directory, generation, sse
 
 from ..commands import ROOT
 from ..waiting import wait_until
@@ -327,6 +327,15 @@ async def test_an_official_client_reads_a_resumed_stream(pod: RunningPod, worker
         stream_cls=AsyncStream[ChatCompletionChunk],
     )
     assert [chunk.choices[0].delta.content async for chunk in stream] == [*WORDS[2:], ""]
+
+
+async def test_what_has_ended_is_read_after_its_deadline_too(
+    pod: RunningPod, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline is that of the generation; its answer stays for the retention."""
+    unbroken = (await pod.http.post(CHAT, json=asks(CHAT))).text
+    monkeypatch.setattr(generation, "_loop_time", lambda unix_time: -1e9)
+    assert await rest(pod, CHAT, id_in(unbroken)) == unbroken
 
 
 # What can't be had
