@@ -77,6 +77,24 @@ async def reading(
     return Reading(streamed, after)
 
 
+async def beginning(
+    request: Request,
+    last_event_id: Annotated[str | None, Header(alias=HEADER, include_in_schema=False)] = None,
+) -> None:
+    """A dependency of routes that begin an answer. Some libraries connect again by sending the request again.
+
+    Raises:
+        ApiError: the client believes that it goes on with one, and would take the new one for the rest (400).
+    """
+    if last_event_id:
+        raise _refused(
+            HEADER,
+            last_event_id,
+            f"a POST begins a new answer. To go on with the one that broke off, GET {request.url.path}/{{id}}"
+            "?stream=true with this header, where id is the one in each of its chunks.",
+        )
+
+
 def _boolean(param: str, given: str) -> bool:
     value = _BOOLEANS.get(given.lower())
     if value is None:

@@ -416,6 +416,15 @@ async def test_places_that_are_not_in_the_stream(pod: RunningPod, worker: Script
     check_error(response, 400, "unknown_parameter", "starting-after")
 
 
+async def test_a_post_does_not_go_on_with_anything(pod: RunningPod, worker: ScriptedWorker) -> None:
+    """Libraries that connect again by posting again would take a new answer for the rest of the old one."""
+    for path in (CHAT, COMPLETIONS):
+        response = await pod.http.post(path, json=asks(path), headers={"last-event-id": "1-3"})
+        message = check_error(response, 400, "invalid_cursor", "Last-Event-ID")
+        assert f"GET {path}/" in message
+    assert not worker.jobs
+
+
 async def test_without_redis_it_is_503(
     pod: RunningPod, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
