@@ -52,7 +52,9 @@ class RequestContext:
         except ClientDisconnect:
             logger.debug("client left: request_id=%s", state["request_id"])
         except SendTimeoutError:
-            logger.info("client stopped reading: request_id=%s", state["request_id"])
+            # The kernel is about to end the connection; uvicorn would report a response without an end.
+            while (await receive())["type"] != "http.disconnect":
+                pass
         except Exception:
             logger.exception(
                 "internal error: request_id=%s method=%s path=%r",

@@ -101,6 +101,9 @@ class ApiSettings(CommonSettings):
         description="Seconds in the queue after which a stream's headers go out. "
         "Until then an early failure is a proper HTTP error.",
     )
+    receive_timeout: PositiveFloat = Field(
+        60.0, description="Seconds that a request has to arrive, head and body; beyond them 408."
+    )
     send_timeout: PositiveFloat = Field(
         60.0, description="Seconds for which a client may read nothing before its connection is dropped."
     )
