@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from arq.connections import ArqRedis
 
+from llmboost import inbox
 from llmboost.jobs import GenerationJob
 from llmboost.streams import TokenStreams
-from llmboost.tailer import INBOX_BYTES
 from llmboost_api.connections import UNSENT_BYTES, ClientConnection
 
 from ..waiting import wait_until
@@ -129,10 +129,10 @@ async def test_a_client_that_reads_nothing_costs_little(pod: RunningPod, worker:
         (subscription,) = generation._merge._subscriptions
         await wait_until(lambda: not subscription._inbox.hungry)
         # One write and one read may overshoot.
-        assert connection.transport.get_write_buffer_size() < WRITE_BUFFER + 2 * INBOX_BYTES
-        assert subscription._inbox.size < 2 * INBOX_BYTES
+        assert connection.transport.get_write_buffer_size() < WRITE_BUFFER + 2 * inbox.BYTES
+        assert subscription._inbox.size < 2 * inbox.BYTES
         last = int(subscription._inbox.cursor.split(b"-")[1])
-        assert last * 1000 < WRITE_BUFFER + UNSENT_BYTES + 4 * INBOX_BYTES
+        assert last * 1000 < WRITE_BUFFER + UNSENT_BYTES + 4 * inbox.BYTES
 
 
 async def test_a_client_that_reads_again_in_time_gets_everything(
