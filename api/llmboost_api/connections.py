@@ -7,6 +7,7 @@ answer: once the kernel's buffer is full, not even closing the connection ends i
 import asyncio
 import logging
 import socket
+from http import HTTPStatus
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 UNSENT_BYTES = 128 * 1024
 """What the kernel takes for a client whose receive window is full; by default it takes megabytes, which are
 the pod's memory too. What is on its way to a client that reads is not limited by this."""
+
+MAX_HEAD_BYTES = 64 * 1024
+"""Of a request, beyond which it is refused; one read may overshoot. As much as h11 takes."""
 
 
 def limit_writes(listener: socket.socket, send_timeout: float) -> None:
@@ -38,13 +42,16 @@ class ClientConnection(HttpToolsProtocol):
 
     1. A request has `receive_timeout` seconds to arrive whole, its head and its body; and so long may a new
        connection wait for its first. uvicorn has a limit for neither, only for the pause after a response.
-    2. A client that the kernel gave up is logged.
+    2. So has its head a limit in bytes.
+    3. A client that the kernel gave up is logged.
     """
 
     def __init__(self, *args: Any, receive_timeout: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._receive_timeout = receive_timeout
         self._late: asyncio.TimerHandle | None = None
+        self._head_bytes: int | None = None
+        """Of a head that has not come whole; roughly, for they are counted per read."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -55,6 +62,18 @@ class ClientConnection(HttpToolsProtocol):
         if self._late is None:
             self._expect_request()
         super().data_received(data)
+        if self._head_bytes is not None:
+            self._head_bytes += len(data)
+            if self._head_bytes > MAX_HEAD_BYTES:
+                self._end(_HEAD_TOO_LARGE)
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._head_bytes = 0
+
+    def on_headers_complete(self) -> None:
+        super().on_headers_complete()
+        self._head_bytes = None
 
     def on_message_complete(self) -> None:
         super().on_message_complete()
@@ -82,8 +101,13 @@ class ClientConnection(HttpToolsProtocol):
             self._expect_request()  # What came is the beginning of the next request, which can wait.
             return
         logger.info("client stopped sending: %s", self._name)
-        if answering and not cycle.response_started:
-            self.transport.write(_too_late(self._receive_timeout))
+        self._end(_late_error(self._receive_timeout) if answering and not cycle.response_started else None)
+
+    def _end(self, error: ApiError | None) -> None:
+        """Closes the connection, after this answer if there is one to give. A client that is still sending
+        may not get to see it."""
+        if error is not None:
+            self.transport.write(_response(error))
         self.transport.close()
 
     @property
@@ -93,14 +117,25 @@ class ClientConnection(HttpToolsProtocol):
         return f"request_id={state.get('request_id', '')} client={host}:{port}"
 
 
-def _too_late(receive_timeout: float) -> bytes:
-    body = ApiError(
+_HEAD_TOO_LARGE = ApiError(
+    431,
+    f"The request's head is larger than {MAX_HEAD_BYTES} bytes. Send fewer headers, or shorter ones.",
+    code="request_head_too_large",
+)
+
+
+def _late_error(receive_timeout: float) -> ApiError:
+    return ApiError(
         408,
         f"The request did not arrive whole within {receive_timeout:g} s. Send it again, faster or less of "
         "it, or have the operator raise --receive-timeout.",
         code="request_incomplete",
-    ).body()
-    return (
-        b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/json\r\ncontent-length: %d\r\n"
-        b"connection: close\r\n\r\n%b" % (len(body), body)
     )
+
+
+def _response(error: ApiError) -> bytes:
+    body = error.body()
+    return (
+        f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\ncontent-type: application/json\r\n"
+        f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
+    ).encode() + body

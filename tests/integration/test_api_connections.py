@@ -14,7 +14,7 @@ from arq.connections import ArqRedis
 from llmboost import inbox
 from llmboost.jobs import GenerationJob
 from llmboost.streams import TokenStreams
-from llmboost_api.connections import UNSENT_BYTES, ClientConnection
+from llmboost_api.connections import MAX_HEAD_BYTES, UNSENT_BYTES, ClientConnection
 
 from ..waiting import wait_until
 from .api_pod import (
@@ -198,6 +198,21 @@ async def test_a_body_that_does_not_come_whole_is_answered(pod: RunningPod) -> N
     assert head.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
     assert json.loads(body)["error"]["code"] == "request_incomplete"
     assert not connections(pod)
+
+
+@pytest.mark.parametrize("line", [b"x-word: " + b"y" * 100 + b"\r\n", b"y" * 100], ids=["many", "long"])
+async def test_a_head_without_end_is_refused(pod: RunningPod, line: bytes) -> None:
+    """However fast it comes: many headers, or one that goes on and on."""
+    async with connected(pod) as client:
+        await send(client, b"GET /health HTTP/1.1\r\nx-long: ")
+        (connection,) = await wait_until(lambda: connections(pod))
+        sent = 0
+        while not connection.transport.is_closing():
+            sent += len(line)
+            assert sent < 2 * MAX_HEAD_BYTES
+            await send(client, line)
+            await asyncio.sleep(0)
+    assert sent > MAX_HEAD_BYTES / 2
 
 
 async def test_a_connection_that_idles_after_an_answer_is_not_kept_by_line_breaks(pod: RunningPod) -> None:
