@@ -194,8 +194,17 @@ class Generations:
     def end_all(self) -> None:
         """The time to drain is over: what still runs, or is about to, ends in an error. Its jobs go on."""
         self._drained = True
-        for generation in list(self.running):
+        for generation in self.running:
             generation.end(_shutdown_error(generation, self._settings.grace))
+        left = [job_id for each in self.running for job_id in job_ids(each.id, each.form.jobs)]
+        self._in_background(self._promise(left))
+
+    async def _promise(self, left: Sequence[str]) -> None:
+        """Whoever goes on elsewhere has the whole grace for it, and not what is left of the last promise."""
+        try:
+            await persist(lambda: self.queue.streams.renew_audience(left, self._settings.grace))
+        except (RedisError, OSError) as error:
+            logger.warning("no audience was promised: %s", type(error).__name__)
 
     async def submit(self, jobs: Sequence[GenerationJob], form: Form) -> None:
         """Enqueues all of the jobs, with how to write down their answer, or withdraws those that it had.

@@ -1,8 +1,11 @@
-"""What wraps every request: its id, and the net for errors that nobody foresaw."""
+"""What wraps every request: its id, the net for errors that nobody foresaw, and what browsers ask for."""
 
 import logging
+from collections.abc import Sequence
 
+from fastapi import FastAPI
 from sse_starlette.sse import SendTimeoutError
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, HTTPConnection
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -10,6 +13,10 @@ from llmboost.jobs import new_id
 from llmboost_api import errors
 
 logger = logging.getLogger(__name__)
+
+READABLE_HEADERS = ("x-request-id", "x-should-retry", "retry-after")
+"""Response headers that a page of another origin may read. OpenAI's JavaScript client decides by the last two
+whether it sends a request again."""
 
 
 def request_id(request: HTTPConnection) -> str:
@@ -52,7 +59,9 @@ class RequestContext:
         except ClientDisconnect:
             logger.debug("client left: request_id=%s", state["request_id"])
         except SendTimeoutError:
-            logger.info("client stopped reading: request_id=%s", state["request_id"])
+            # The kernel is about to end the connection; uvicorn would report a response without an end.
+            while (await receive())["type"] != "http.disconnect":
+                pass
         except Exception:
             logger.exception(
                 "internal error: request_id=%s method=%s path=%r",
@@ -62,3 +71,20 @@ class RequestContext:
             )
             if not started:
                 await errors.internal(state["request_id"]).response()(scope, receive, send_with_id)
+
+
+def allow_origins(app: FastAPI, origins: Sequence[str]) -> None:
+    """Lets pages of these origins use the API from a browser (CORS).
+
+    A browser asks before it sends a request with a header such as `Authorization`, and asks without it: the
+    question is answered here, before anyone looks for a key. All headers are allowed, because clients send
+    some of their own (`x-stainless-*`); cookies are not, because nothing here depends on one.
+    """
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=READABLE_HEADERS,
+        )

@@ -46,16 +46,16 @@ class Reading:
 async def reading(
     request: Request,
     stream: Annotated[
-        str,
+        str | None,
         Query(description="The stream, and not the whole answer at its end."),
         WithJsonSchema({"type": "boolean"}),
-    ] = "false",
+    ] = None,
     starting_after: Annotated[
         str | None, Query(description="With `stream`: the id of the last frame received. The rest follows.")
     ] = None,
     last_event_id: Annotated[
         str | None,
-        Header(description="The same, and wins over it: what a browser's EventSource sends."),
+        Header(alias=HEADER, description="The same, and wins over it: what a browser's EventSource sends."),
     ] = None,
 ) -> Reading:
     """A dependency of routes.
@@ -70,18 +70,37 @@ async def reading(
             code="unknown_parameter",
             param=name[:60],
         )
-    streamed = _BOOLEANS.get(stream.lower())
-    if streamed is None:
-        raise ApiError(
-            400,
-            f"'stream' is {shown(stream)}, but it must be true or false.",
-            code="invalid_value",
-            param="stream",
-        )
+    streamed = stream is not None and _boolean("stream", stream)
     after = _resume_point(last_event_id, starting_after)
     if after is not None and not streamed:
         raise after.refused("that is only for streams. Add ?stream=true, or leave it out.")
     return Reading(streamed, after)
+
+
+async def beginning(
+    request: Request,
+    last_event_id: Annotated[str | None, Header(alias=HEADER, include_in_schema=False)] = None,
+) -> None:
+    """A dependency of routes that begin an answer. Some libraries connect again by sending the request again.
+
+    Raises:
+        ApiError: the client believes that it goes on with one, and would take the new one for the rest (400).
+    """
+    if last_event_id:
+        raise _refused(
+            HEADER,
+            last_event_id,
+            f"a POST begins a new answer. To go on with the one that broke off, GET {request.url.path}/{{id}}"
+            "?stream=true with this header, where id is the one in each of its chunks.",
+        )
+
+
+def _boolean(param: str, given: str) -> bool:
+    value = _BOOLEANS.get(given.lower())
+    if value is None:
+        message = f"'{param}' is {shown(given)}, but it must be true or false."
+        raise ApiError(400, message, code="invalid_value", param=param)
+    return value
 
 
 def _resume_point(last_event_id: str | None, starting_after: str | None) -> ResumePoint | None:

@@ -5,6 +5,7 @@ import logging
 import math
 import signal
 import socket
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -12,6 +13,7 @@ from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
 from llmboost.settings import ApiSettings
+from llmboost_api.connections import ClientConnection, limit_writes
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,7 @@ class PodServer(uvicorn.Server):
        signal of either kind, not SIGINT alone, stops the waiting.
     3. sse-starlette ends all streams as soon as the process is told to go; that is switched off.
     4. One line in the log when it is ready, with the port that it got.
+    5. Clients that stall, reading or sending, are let go of: see `connections`.
     """
 
     def __init__(self, app: FastAPI, settings: ApiSettings) -> None:
@@ -40,6 +43,7 @@ class PodServer(uvicorn.Server):
                 host=settings.host,
                 port=settings.port,
                 lifespan="on",
+                http=partial(ClientConnection, receive_timeout=settings.receive_timeout),  # type: ignore[arg-type]
                 ws="none",
                 log_config=None,
                 log_level="warning",
@@ -59,6 +63,8 @@ class PodServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        for listener in self.servers[0].sockets:
+            limit_writes(listener, self._settings.send_timeout)
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
         logger.info("ready: serving on http://%s:%d", host, self.port)
 

@@ -34,6 +34,21 @@ Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
 """Several values, separated by commas."""
 
 
+def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        parts = urlsplit(value)
+        whole = parts.scheme and parts.netloc and value == f"{parts.scheme}://{parts.netloc}"
+        if value not in ("*", "null") and (not whole or "*" in value or value != value.lower()):
+            raise ValueError(
+                f"{value!r} must be * or an origin as browsers send it, such as https://chat.example.com "
+                "or http://localhost:3000"
+            )
+    return values
+
+
+Origins = Annotated[Names, AfterValidator(_origins)]
+
+
 def _redis_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in ("redis", "rediss", "unix"):
@@ -78,6 +93,11 @@ class ApiSettings(CommonSettings):
     api_key: Names = Field(
         (), description="Keys that clients must send as `Authorization: Bearer KEY`; none: no check."
     )
+    allowed_origins: Origins = Field(
+        ("*",),
+        description="Web origins whose pages may use the API from a browser, such as "
+        "https://chat.example.com; *: any; empty: none but the API's own.",
+    )
     request_timeout: PositiveFloat = Field(
         3600.0, description="Seconds after which a request that is not answered ends in an error."
     )
@@ -100,6 +120,9 @@ class ApiSettings(CommonSettings):
         3.0,
         description="Seconds in the queue after which a stream's headers go out. "
         "Until then an early failure is a proper HTTP error.",
+    )
+    receive_timeout: PositiveFloat = Field(
+        60.0, description="Seconds that a request has to arrive, head and body; beyond them 408."
     )
     send_timeout: PositiveFloat = Field(
         60.0, description="Seconds for which a client may read nothing before its connection is dropped."

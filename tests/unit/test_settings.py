@@ -37,6 +37,8 @@ def sample(settings: type[CommonSettings], name: str) -> tuple[str, Any]:
     field = settings.model_fields[name]
     if field.annotation is bool:
         return str(not field.default).lower(), not field.default
+    if name == "allowed_origins":
+        return "https://one.example,http://two:3000", ("https://one.example", "http://two:3000")
     if is_list(field):
         return "one,two", ("one", "two")
     if name == "redis_url":
@@ -120,6 +122,9 @@ def test_the_model_is_positional_or_a_flag() -> None:
         (["--no-event-id"], ["--no-event-id", "--no-event-ids?"]),
         (["--tensor-parallel-size", "2"], ["--tensor-parallel-size", "--tp"]),
         (["--no-enable-prefix-caching"], ["--no-enable-prefix-caching", "prefix cache"]),
+        (["--allowed-origins", "*,a.example"], ["--allowed-origins", "'a.example'", "https://"]),
+        (["--allowed-origins", "https://a.example/"], ["'https://a.example/'"]),
+        (["--allowed-origins", "https://*.example"], ["'https://*.example'"]),
         (["--port"], ["--port", "expected one argument"]),
         (["one", "two"], ["two"]),
     ],

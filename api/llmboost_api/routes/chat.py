@@ -13,14 +13,18 @@ from llmboost_api.pod import pod_of
 from llmboost_api.protocol.chat import ChatRequest
 from llmboost_api.protocol.form import CHAT, Form
 from llmboost_api.reply import Reply
-from llmboost_api.resume import Reading, reading
+from llmboost_api.resume import Reading, beginning, reading
 from llmboost_api.retrieval import retrieve
 
 router = APIRouter(prefix="/v1")
 
 
 @router.post(
-    "/chat/completions", openapi_extra=openapi.body_of(ChatRequest), responses=openapi.ANSWERS, tags=["chat"]
+    "/chat/completions",
+    dependencies=[Depends(beginning)],
+    openapi_extra=openapi.body_of(ChatRequest),
+    responses=openapi.ANSWERS,
+    tags=["chat"],
 )
 async def create_chat_completion(request: Request, asker: Annotated[str, Depends(owner)]) -> Response:
     """Answers a conversation."""

@@ -13,7 +13,7 @@ from llmboost_api.pod import pod_of
 from llmboost_api.protocol.completions import CompletionRequest
 from llmboost_api.protocol.form import COMPLETIONS, Form
 from llmboost_api.reply import Reply
-from llmboost_api.resume import Reading, reading
+from llmboost_api.resume import Reading, beginning, reading
 from llmboost_api.retrieval import retrieve
 
 router = APIRouter(prefix="/v1")
@@ -21,6 +21,7 @@ router = APIRouter(prefix="/v1")
 
 @router.post(
     "/completions",
+    dependencies=[Depends(beginning)],
     openapi_extra=openapi.body_of(CompletionRequest),
     responses=openapi.ANSWERS,
     tags=["completions"],

@@ -151,6 +151,8 @@ def default_of(field: FieldInfo) -> str:
         return ""
     if isinstance(field.default, bool):
         return "on" if field.default else "off"
+    if isinstance(field.default, tuple):
+        return ",".join(field.default)
     return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
 
 
