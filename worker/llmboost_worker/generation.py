@@ -70,6 +70,8 @@ class Generation:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
     """Resolves when every choice has finished, or with the error that ends them all."""
+    ended: StreamEnded | None = None
+    """Why nothing more may be written; it may come when all has been generated and not yet appended."""
 
     def end(self, error: StreamError | None = None) -> None:
         """All choices have finished, or none will."""
@@ -78,6 +80,7 @@ class Generation:
 
     def abandon(self, ended: StreamEnded) -> None:
         """The stream is no longer ours to write."""
+        self.ended = ended
         if not self.done.done():
             self.done.set_exception(ended)
 
@@ -158,6 +161,9 @@ class Generator:
         self._engine.add(requests)
         error = await generation.done
         await generation.outbox.empty.wait()
+        if generation.ended is not None:
+            # What was not appended has been discarded: sealing now would end the stream without it.
+            raise generation.ended
         usage = Usage(
             generation.prompt_tokens, sum(choice.position for choice in generation.sequences.values())
         )

@@ -1,0 +1,176 @@
+"""Pods and workers of which any may be killed, frozen, told to go and replaced, behind a network and on a
+Redis that may fail too."""
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+
+import httpx
+from redis.asyncio import Redis
+
+from llmboost.connection import connect
+from llmboost.embedded import free_port
+from llmboost.streams import TokenStreams
+from tests.commands import Command
+from tests.e2e.system import ONE_THREAD, System
+from tests.faults.network import Network
+from tests.faults.redis_server import RedisServer
+from tests.waiting import wait_until
+
+EXITED_S = 60.0
+READY_S = 60.0
+
+
+class Fleet(System):
+    """Pods keep their ports when they are replaced; workers get new names, for they are new ones.
+
+    Everything is to be started from the main thread: on Linux a child that dies with its parent dies with
+    the thread that started it.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        workers: int = 2,
+        pods: int = 2,
+        worker_flags: tuple[str, ...] = (),
+        pod_flags: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__()
+        self.redis_server = RedisServer(folder / "redis")
+        self.pods = [f"pod-{number}" for number in range(pods)]
+        self.workers_wanted = workers
+        self._worker_flags = worker_flags
+        self._pod_flags = pod_flags
+        self._workers_started = 0
+        self._frozen: set[str] = set()
+
+    def __enter__(self) -> "Fleet":
+        super().__enter__()
+        self.urls = [f"http://127.0.0.1:{free_port()}" for _ in self.pods]
+        self.mend()
+        return self
+
+    def _open_redis(self) -> str:
+        self._stack.enter_context(self.redis_server)
+        self.network = self._stack.enter_context(Network(self.redis_server.port))
+        return f"redis://127.0.0.1:{self.network.port}/0"
+
+    # Faults of one part, by name
+
+    def kill(self, name: str) -> Command:
+        """SIGKILL; its log stays in the report of a failing test."""
+        command = self.parts.pop(name)
+        self._frozen.discard(name)
+        command.signal(signal.SIGKILL)
+        command.wait()
+        return command
+
+    def freeze(self, name: str) -> None:
+        self.parts[name].signal(signal.SIGSTOP)
+        self._frozen.add(name)
+
+    def thaw(self, name: str) -> None:
+        self.parts[name].signal(signal.SIGCONT)
+        self._frozen.discard(name)
+
+    def tell_to_go(self, name: str) -> Command:
+        """SIGTERM; it is no longer one of the parts."""
+        command = self.parts.pop(name)
+        command.signal(signal.SIGTERM)
+        return command
+
+    # Parts
+
+    @property
+    def worker_names(self) -> list[str]:
+        """Those that run, loading ones and frozen ones too; the oldest first."""
+        return [name for name in self.parts if name.startswith("worker-")]
+
+    @property
+    def live_urls(self) -> list[str]:
+        """Of pods that run."""
+        return [url for name, url in zip(self.pods, self.urls, strict=True) if name in self.parts]
+
+    def add_worker(self, *flags: str) -> str:
+        """Starts one; `await_worker` waits until it serves."""
+        self._workers_started += 1
+        name = f"worker-{self._workers_started}"
+        self.start_worker(*ONE_THREAD, *self._worker_flags, *flags, name=name)
+        return name
+
+    def add_pod(self, name: str, *flags: str) -> None:
+        """Starts one where its predecessor of that name listened; `ready` waits until it serves."""
+        port = self.urls[self.pods.index(name)].rpartition(":")[2]
+        self._start(name, "api", "--port", port, *self._pod_flags, *flags)
+
+    def mend(self) -> None:
+        """Takes back every fault and replaces what is missing; waits for nothing but Redis."""
+        self.network.heal()
+        if self.redis_server.running:
+            self.redis_server.thaw()
+        else:
+            self.redis_server.start()
+        for name in list(self._frozen):
+            self.thaw(name)
+        for name in [name for name, part in self.parts.items() if part.process.poll() is not None]:
+            del self.parts[name]
+        for _ in range(self.workers_wanted - len(self.worker_names)):
+            self.add_worker()
+        for name in self.pods:
+            if name not in self.parts:
+                self.add_pod(name)
+
+    async def ready(self) -> None:
+        """Waits until every pod serves and sees as many workers as there are."""
+        for name in self.worker_names:
+            await asyncio.to_thread(self.await_worker, name)
+
+        async def all_seen(url: str) -> bool:
+            try:
+                report = (await http.get(f"{url}/ready")).json()
+            except httpx.HTTPError:
+                return False
+            return len(report.get("workers", [])) == len(self.worker_names)
+
+        async with httpx.AsyncClient(timeout=5) as http:
+            for url in self.live_urls:
+                await wait_until(lambda url=url: all_seen(url), within=READY_S, every=0.05)
+
+    def name_of(self, worker_id: str) -> str:
+        """The part that goes by this id in the streams, `<host>-<pid>-<random>`; empty if it has gone."""
+        pid = int(worker_id.rsplit("-", 2)[1])
+        return next((name for name, part in self.parts.items() if part.process.pid == pid), "")
+
+    # Looking on
+
+    async def idle(self, name: str) -> None:
+        """Waits until a worker reports that its engine has nothing to do."""
+        pid = f"-{self.parts[name].process.pid}-"
+
+        async def reported() -> bool:
+            async with httpx.AsyncClient(timeout=5) as http:
+                report = (await http.get(f"{self.live_urls[0]}/ready")).json()
+            return any(
+                pid in worker["worker"] and worker["running"] + worker["waiting"] == 0
+                for worker in report.get("workers", [])
+            )
+
+        await wait_until(reported, within=READY_S, every=0.05)
+
+    # Past the network
+
+    def redis(self) -> Redis:
+        return connect(self.redis_server.url)
+
+    def streams(self, redis: Redis) -> TokenStreams:
+        return TokenStreams(redis, retention=600)
+
+
+async def exit_of(command: Command) -> tuple[int, float]:
+    """Waits for a part that was told to go; its exit code, and the seconds it took from now."""
+    begun = time.monotonic()
+    code = await asyncio.to_thread(command.wait, EXITED_S)
+    return code, time.monotonic() - begun

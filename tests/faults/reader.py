@@ -1,0 +1,208 @@
+"""One client's stream and all that it saw, over as many connections as it took."""
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import httpx
+
+from tests.e2e.asking import path_of
+
+RETRY_S = 0.05
+"""Between two tries to reach a pod."""
+PATIENCE_S = 60.0
+"""For which a pod is looked for that goes on with the stream."""
+
+
+class Violation(AssertionError):
+    """The stream broke its protocol; says how."""
+
+
+@dataclass
+class ChoiceSeen:
+    """One choice, as its chunks had it."""
+
+    text: str = ""
+    tokens: list[str] = field(default_factory=list)
+    """Of the logprobs, if there were any."""
+    offsets: list[int] = field(default_factory=list)
+    """Of a plain completion's logprobs."""
+    finish_reason: str | None = None
+    begun: bool = False
+
+    def take(self, choice: dict[str, Any]) -> None:
+        if self.finish_reason is not None:
+            raise Violation(f"more after the finish reason: {choice}")
+        logprobs = choice.get("logprobs") or {}
+        if "delta" in choice:
+            if "role" in choice["delta"] and self.begun:
+                raise Violation(f"a second beginning: {choice}")
+            self.text += choice["delta"].get("content") or ""
+            self.tokens += [each["token"] for each in logprobs.get("content") or ()]
+        else:
+            self.text += choice["text"]
+            self.tokens += logprobs.get("tokens", ())
+            self.offsets += logprobs.get("text_offset", ())
+        self.begun = True
+        self.finish_reason = choice["finish_reason"]
+
+
+class Reader:
+    """Asks for a stream and reads it to its end; if the connection breaks, or the pod that serves it is
+    going, it goes on from another pod with what it has not read."""
+
+    def __init__(self, body: dict[str, Any], urls: Callable[[], list[str]], first: int = 0) -> None:
+        """`urls`: of the pods to ask at the moment; the one numbered `first` comes first."""
+        self.body = {**body, "stream": True}
+        self.id = ""
+        self.choices: dict[int, ChoiceSeen] = {}
+        self.usage: dict[str, Any] | None = None
+        self.error: dict[str, Any] | None = None
+        """Of the frame, or the response, that ended it."""
+        self.done = False
+        self.cursor = ""
+        """Id of the newest frame that had one."""
+        self.arrivals: list[float] = []
+        """Monotonic times of the chunks with text."""
+        self.resumed = 0
+        self.posts = 0
+        """More than one if a pod was lost before it had said anything."""
+        self.moved = 0
+        """Times that a pod which was going sent it elsewhere."""
+        self.url = ""
+        """Of the pod that it reads from, or did last."""
+        self._urls = urls
+        self._turn = first
+        self._place = (-1, -1, -1)
+
+    @classmethod
+    def of(cls, other: "Reader", urls: Callable[[], list[str]], first: int) -> "Reader":
+        """One more reader of the same stream, from its beginning."""
+        reader = cls(other.body, urls, first)
+        reader.id = other.id
+        return reader
+
+    @property
+    def path(self) -> str:
+        return path_of(self.body)
+
+    @property
+    def begun(self) -> int:
+        """Chunks with text so far."""
+        return len(self.arrivals)
+
+    @property
+    def ended(self) -> bool:
+        return self.done or self.error is not None
+
+    def worst_gap(self, since: float = 0.0) -> float:
+        """Between two chunks with text of which the second came after that moment, in seconds."""
+        pairs = pairwise(self.arrivals)
+        return max((after - before for before, after in pairs if after > since), default=0.0)
+
+    async def read(self, http: httpx.AsyncClient) -> "Reader":
+        """Reads to the end, whatever it is."""
+        lost_at = None
+        while not self.ended:
+            urls = self._urls()
+            try:
+                if urls:
+                    await self._connect(http, urls[self._turn % len(urls)])
+                    lost_at = None
+            except httpx.TransportError:
+                pass
+            if not self.ended:
+                self._turn += 1
+                lost_at = lost_at or time.monotonic()
+                if time.monotonic() - lost_at > PATIENCE_S:
+                    raise Violation(f"{self.id or 'a request'}: no pod goes on with it")
+                await asyncio.sleep(RETRY_S)
+        return self
+
+    async def _connect(self, http: httpx.AsyncClient, url: str) -> None:
+        if not self.id:
+            self.posts += 1
+            request = http.stream("POST", f"{url}{self.path}", json=self.body)
+        else:
+            self.resumed += 1
+            headers = {"last-event-id": self.cursor} if self.cursor else {}
+            request = http.stream("GET", f"{url}{self.path}/{self.id}?stream=true", headers=headers)
+        async with request as response:
+            if response.status_code != 200:
+                await response.aread()
+                self._refused(response)
+                return
+            self.id, self.url = self.id or response.headers["x-request-id"], url
+            async for event_id, data in events(response):
+                self._take(event_id, data)
+        if not self.ended:
+            raise Violation(f"{self.id} ended without a word")
+        if self.error is not None and self.error["code"] == "server_shutdown":
+            self.moved += 1
+            self.error = None
+
+    def _refused(self, response: httpx.Response) -> None:
+        if response.status_code == 503:
+            return  # Redis is away, or the pod is going: later, or elsewhere
+        try:
+            self.error = response.json()["error"]
+        except (ValueError, KeyError):
+            raise Violation(f"{response.status_code} {response.text!r}") from None
+
+    def _take(self, event_id: str, data: str) -> None:
+        if self.ended:
+            raise Violation(f"more after the end: {data}")
+        if event_id:
+            self._move(event_id)
+        if data == "[DONE]":
+            self.done = True
+            return
+        chunk = json.loads(data)
+        if "error" in chunk:
+            self.error = chunk["error"]
+            return
+        if self.id not in ("", chunk["id"]):
+            raise Violation(f"{self.id} has become {chunk['id']}")
+        self.id = chunk["id"]
+        for choice in chunk["choices"]:
+            self.choices.setdefault(choice["index"], ChoiceSeen()).take(choice)
+            if choice.get("text") or choice.get("delta", {}).get("content"):
+                self.arrivals.append(time.monotonic())
+        if not chunk["choices"]:
+            if self.usage is not None:
+                raise Violation(f"a second usage: {chunk}")
+            self.usage = chunk["usage"]
+
+    def _move(self, event_id: str) -> None:
+        attempt, _, rest = event_id.partition("-")
+        n, _, k = rest.partition(".")
+        # `a-n.k` is a part of what `a-n` has read whole.
+        place = (int(attempt), int(n), int(k) if k else 2**31)
+        if place <= self._place:
+            raise Violation(f"{self.id}: frame {event_id} comes after {self.cursor}")
+        self.cursor, self._place = event_id, place
+
+
+async def events(response: httpx.Response) -> AsyncIterator[tuple[str, str]]:
+    """(id, data) of each event of a stream, as the standard has it; comments are passed over."""
+    event_id, data = "", []
+    rest = b""
+    async for piece in response.aiter_raw():
+        *lines, rest = (rest + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b":"):
+                continue
+            name, _, value = line.partition(b": ")
+            if name == b"data":
+                data.append(value.decode())
+            elif name == b"id":
+                event_id = value.decode()
+            elif line and name != b"retry":
+                raise Violation(f"no such line in an event stream: {line!r}")
+            elif data:
+                yield event_id, "\n".join(data)
+                event_id, data = "", []

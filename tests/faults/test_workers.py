@@ -1,0 +1,115 @@
+"""Workers die, freeze and are replaced, and nobody who reads sees more than a pause."""
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle
+from random import Random
+
+import pytest
+
+from tests.faults.fleet import Fleet, exit_of
+from tests.faults.load import Load
+from tests.faults.oracle import Oracle
+from tests.faults.ties import judge
+
+LEASE_S = 2.0
+
+
+@pytest.fixture(scope="module")
+def file_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Each worker has room for all streams, for one that must wait for a slot goes on later; and no limit to
+    the workers that a request may lose."""
+    flags = ("--lease", str(LEASE_S), "--max-num-seqs", "80", "--max-tries", "100")
+    with Fleet(tmp_path_factory.mktemp("fleet"), worker_flags=flags) as fleet:
+        yield fleet
+
+
+async def test_the_oracle(fleet: Fleet, oracle: Oracle) -> None:
+    """Without faults every token is what a plain forward draws, up to a tie in thousands of them; and an
+    answer with one token that it would not draw is found out, though nothing is missing from it."""
+    async with Load(fleet, oracle):
+        pass
+    answers = oracle.answers()[:24]
+    wrong = [replace(answer, token_ids=list(answer.token_ids)) for answer in answers[:10]]
+    for number, answer in enumerate(wrong):
+        answer.token_ids[number] += 1
+    verdicts = await judge(answers + wrong)
+    assert [verdict.wrong for verdict in verdicts[: len(answers)]] == [""] * len(answers)
+    assert sum(len(verdict.ties) for verdict in verdicts[: len(answers)]) <= 3
+    assert all(verdict.wrong for verdict in verdicts[len(answers) :])
+
+
+async def test_a_killed_worker(fleet: Fleet, oracle: Oracle) -> None:
+    """A worker is killed in mid-stream, and its heir in turn: every stream goes on over the same connection,
+    under one id, token for token. The next token comes within twice the lease, and what the machine takes: as
+    long as those streams paused meanwhile that had lost nothing."""
+    for _ in range(2):
+        await fleet.ready()
+        async with Load(fleet, oracle) as load:
+            await load.begun()
+            name, orphans = await load.busiest()
+            others = [reader for reader in load.running if reader not in orphans]
+            killed_at = time.monotonic()
+            fleet.kill(name)
+            await load.moved_on(orphans)
+            pause = max(reader.worst_gap(killed_at) for reader in orphans)
+            crowded = max((reader.worst_gap(killed_at) for reader in others), default=0.0)
+            assert pause < 2 * LEASE_S + crowded
+            fleet.mend()
+        assert all(reader.posts == 1 and reader.resumed == 0 for reader in load.readers)
+
+
+async def test_a_frozen_worker(fleet: Fleet, oracle: Oracle) -> None:
+    """A worker is stopped for longer than its lease and then goes on: by then its streams are another's. It
+    writes nothing more, drops their sequences, and takes new work."""
+    async with Load(fleet, oracle) as load:
+        await load.begun()
+        zombie, taken = await load.busiest()
+        fleet.freeze(zombie)
+        await load.moved_on(taken)
+        newest = {reader.id: await load.workers(reader) for reader in taken}
+        fleet.thaw(zombie)
+        await fleet.idle(zombie)
+        for reader in taken:
+            assert await load.workers(reader) == newest[reader.id]
+    async with Load(fleet, oracle, streams=20) as load:
+        await load.begun()
+        assert await load.held_by(zombie)
+
+
+async def test_short_freezes(fleet: Fleet, oracle: Oracle) -> None:
+    """A worker that is stopped again and again, at any moment of what it does, for about as long as its
+    lease, neither loses nor repeats a token, whether its jobs are still its own afterwards or not."""
+    random = Random(1)
+    names = cycle(fleet.worker_names)
+    async with Load(fleet, oracle) as load:
+        await load.begun()
+        while load.running:
+            name = next(names)
+            fleet.freeze(name)
+            await asyncio.sleep(LEASE_S * random.uniform(0.8, 1.2))  # the fault's length
+            fleet.thaw(name)
+            await asyncio.sleep(random.uniform(0, 0.2))
+
+
+async def test_a_rolling_deploy(fleet: Fleet, oracle: Oracle) -> None:
+    """New workers are started and each old one is told to go: its streams go on elsewhere at once, no try is
+    used, no client sees an error, and it ends within 2 s of its current step."""
+    old = fleet.worker_names
+    # A request that had used a try would be given up by these.
+    new = [fleet.add_worker("--max-tries", "1") for _ in old]
+    for name in new:
+        await asyncio.to_thread(fleet.await_worker, name)
+    async with Load(fleet, oracle) as load:
+        for name in old:
+            await load.begun(2)
+            handed = await load.held_by(name)
+            others = [reader for reader in load.running if reader not in handed]
+            told_at = time.monotonic()
+            code, seconds = await exit_of(fleet.tell_to_go(name))
+            assert code == 0
+            crowded = max((reader.worst_gap(told_at) for reader in others), default=0.0)
+            assert seconds < 2 + crowded
+        assert load.running
