@@ -174,7 +174,8 @@ class RunningPod:
     async def begun(self, path: str, body: dict[str, Any]) -> AsyncIterator[OpenStream]:
         """A stream whose first event has come. It is left at the end of the block, ended or not."""
         async with self.http.stream("POST", path, json=body) as response:
-            yield await OpenStream(response).until(1)
+            stream = OpenStream(response)  # Held here: dropping it would close the connection.
+            yield await stream.until(1)
 
 
 @asynccontextmanager
