@@ -13,6 +13,8 @@ NO_RETRY = {"x-should-retry": "false"}
 """Official clients send a request again after 408, 409, 429 and 5xx. Once a job is in the queue that
 would generate twice, so every error from there on tells them not to."""
 
+EVENT_STREAM = "text/event-stream"
+
 
 class ApiError(Exception):
     """A request that ends in an error. The message says what was wrong, with what value, and what to do."""
@@ -39,6 +41,10 @@ class ApiError(Exception):
         """OpenAI's error object, as JSON."""
         error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
         return msgspec.json.encode({"error": error})
+
+    def frame(self) -> bytes:
+        """The error in a stream of events. No `[DONE]` follows."""
+        return b"data: " + self.body() + b"\n\n"
 
     def response(self) -> Response:
         """The error as an HTTP response."""
@@ -73,7 +79,15 @@ def internal(request_id: str) -> ApiError:
 
 async def _on_api_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
+    if error.status == 503 and _is_event_source(request):
+        # It gives up at any status but 200, and connects again when a stream ends.
+        return Response(error.frame(), headers={"cache-control": "no-store"}, media_type=EVENT_STREAM)
     return error.response()
+
+
+def _is_event_source(request: Request) -> bool:
+    """Whether a browser's EventSource asks, or what behaves like one."""
+    return request.method == "GET" and request.headers.get("accept") == EVENT_STREAM
 
 
 async def _on_http_error(request: Request, error: Exception) -> Response:

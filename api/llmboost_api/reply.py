@@ -16,7 +16,7 @@ from llmboost_api.errors import ApiError
 from llmboost_api.generation import Generation, discard
 from llmboost_api.protocol.shape import Choice
 from llmboost_api.resume import ResumePoint
-from llmboost_api.sse import RETRY, Framer, add_usage, error_frame, event_source
+from llmboost_api.sse import RETRY, Framer, add_usage, event_source
 
 logger = logging.getLogger(__name__)
 
@@ -113,10 +113,10 @@ class Reply(Response):
             async for frames in rest:
                 yield frames
         except ApiError as error:
-            yield opening + error_frame(error)
+            yield opening + error.frame()
         except Exception:
             logger.exception("internal error: request_id=%s", self._generation.id)
-            yield opening + error_frame(errors.internal(self._generation.id))
+            yield opening + errors.internal(self._generation.id).frame()
 
 
 async def _next(frames: AsyncIterator[bytes]) -> bytes:

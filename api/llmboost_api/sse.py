@@ -14,7 +14,6 @@ from llmboost.entries import ChoiceDelta, Delta, Entry, StreamError, Terminal, T
 from llmboost.settings import ApiSettings
 from llmboost.streams import frame_ids, position
 from llmboost_api import errors
-from llmboost_api.errors import ApiError
 from llmboost_api.generation import Step
 from llmboost_api.protocol.form import Form
 from llmboost_api.resume import ResumePoint
@@ -43,11 +42,6 @@ def event_source(frames: AsyncIterator[bytes], settings: ApiSettings) -> EventSo
         ping_message_factory=cast("Callable[[], Any]", ping),
         send_timeout=settings.send_timeout,
     )
-
-
-def error_frame(error: ApiError) -> bytes:
-    """An error in the middle of a stream. No `[DONE]` follows."""
-    return b"data: " + error.body() + b"\n\n"
 
 
 class Framer:
@@ -128,7 +122,7 @@ class Framer:
         if terminal.error is not None:
             self.ended = True
             self.early_error = None if self._begun else terminal.error
-            out.append(error_frame(errors.from_stream(terminal.error)))
+            out.append(errors.from_stream(terminal.error).frame())
             return
         self._usage = add_usage(self._usage, terminal.usage)
         self._open_jobs -= 1

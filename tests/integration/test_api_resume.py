@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from random import Random
 from typing import Any
 from urllib.parse import quote
 
@@ -24,7 +25,7 @@ from llmboost_api import directory, generation, sse
 
 from ..commands import ROOT
 from ..waiting import wait_until
-from .answers import check_error, events, id_in, last_id
+from .answers import check_error, events, frames_of, id_in, last_id
 from .api_pod import (
     MODEL,
     WORDS,
@@ -200,6 +201,50 @@ async def test_a_running_stream_goes_on_at_another_pod(
         whole = await rest(other, CHAT, broken.id)
     assert "".join(broken.events) + text.removeprefix(RETRY) == whole
     assert whole.endswith("data: [DONE]\n\n")
+
+
+async def test_a_stream_that_breaks_again_and_again(
+    redis_url: str, pod: RunningPod, worker: ScriptedWorker
+) -> None:
+    """However often its connections break while it runs, wherever, and whoever continues it: it is whole."""
+    random = Random(1)
+    connections = 0
+
+    def script(job: GenerationJob) -> Iterable[Step]:
+        """Some tokens come only when the client has come back once more."""
+        for number in range(100):
+            yield wait_until(lambda seen=number // 4: connections > seen)
+            deltas = [ChoiceDelta(index, number, [number], f" {number}") for index in range(2)]
+            yield Delta(deltas, prompt_tokens=5 if number == 0 else None)
+        yield Delta([ChoiceDelta(index, 100, [0], "", "stop") for index in range(2)])
+        yield ends(202)
+
+    async def part(pod: RunningPod, method: str, url: str, **fields: Any) -> list[str]:
+        """The events that came whole before the connection broke."""
+        nonlocal connections
+        connections += 1
+        received = b""
+        async with pod.http.stream(method, url, **fields) as response:
+            assert response.status_code == 200, await response.aread()
+            until = random.randrange(4000)
+            async for chunk in response.aiter_bytes(100):
+                received += chunk
+                if len(received) >= until:
+                    break
+        return events(received.removeprefix(sse.RETRY).decode(errors="ignore"))
+
+    worker.script = script
+    async with serving(settings_for(redis_url)) as other:
+        received: list[str] = []
+        while not received:
+            received = await part(pod, "POST", CHAT, json=asks(CHAT, n=2, **USAGE))
+        completion_id = id_in(received[0])
+        while last_id(received) != SEAL_ID:
+            headers = {"last-event-id": last_id(received) or ""}
+            url = f"{CHAT}/{completion_id}?stream=true"
+            received += await part(random.choice([pod, other]), "GET", url, headers=headers)
+        assert connections > 25
+        assert "".join(received) == await rest(other, CHAT, completion_id)
 
 
 async def test_a_stream_is_joined_before_its_first_token(pod: RunningPod, worker: ScriptedWorker) -> None:
@@ -439,6 +484,14 @@ async def test_without_redis_it_is_503(
     response = await pod.http.get(f"{CHAT}/{new_id('chatcmpl')}", params={"stream": "true"})
     check_error(response, 503, "service_unavailable")
     assert response.headers["retry-after"]
+    response = await pod.http.get(
+        f"{CHAT}/{new_id('chatcmpl')}?stream=true", headers={"accept": "text/event-stream"}
+    )
+    # An EventSource would give up at a 503. This ends, and it connects again, with the last id it had.
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/event-stream")
+    (frame,) = frames_of(response.text)
+    assert (frame.id, frame.json["error"]["code"]) == (None, "service_unavailable")
 
 
 async def test_nothing_that_is_asked_breaks_it(pod: RunningPod, worker: ScriptedWorker) -> None:

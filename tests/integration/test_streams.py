@@ -6,9 +6,10 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from llmboost import keys
-from llmboost.entries import ChoiceDelta, Delta, Entry, StreamError, Terminal
+from llmboost.entries import ChoiceDelta, Delta, Entry, Queued, StreamError, Terminal
 from llmboost.queue import JobQueue
 from llmboost.streams import (
+    SEAL_ID,
     SealOutcome,
     StreamFenced,
     StreamGap,
@@ -109,6 +110,20 @@ async def test_an_append_does_not_bring_back_a_stream_that_is_gone(
     with pytest.raises(StreamGone):
         await streams.begin(Writer(job_id, 2), "w")
     assert await streams.newest_id(job_id) is None
+
+
+async def test_finding_a_stream_tells_its_form_and_whether_an_entry_is_there(
+    streams: TokenStreams, queue: JobQueue
+) -> None:
+    """One look, before anyone joins: is it there, whose is it, and does it hold the place to go on from."""
+    job = make_job(owner="somebody")
+    await queue.submit(job, form=b"as asked")
+    queued = Queued(job.model, "somebody", job.created, b"as asked")
+    assert await streams.find(job.id, "0-1") == (queued, True)
+    assert await streams.find(job.id, "1-1") == (queued, False)
+    assert await streams.find("never-was", "0-1") == (None, False)
+    await queue.cancel(job.id, CANCELLED)
+    assert await streams.find(job.id, SEAL_ID) == (queued, True)
 
 
 async def test_the_first_seal_wins_and_nothing_follows_it(streams: TokenStreams, job_id: str) -> None:
