@@ -20,6 +20,7 @@ from llmboost.queue import JobQueue
 from llmboost.registry import ModelCard, Registry, WorkerCard
 from llmboost.settings import ApiSettings
 from llmboost.streams import StreamEnded, TokenStreams, Writer, append_to, persist
+from llmboost_api import sse
 from llmboost_api.app import create_app
 from llmboost_api.server import PodServer
 
@@ -28,6 +29,9 @@ from .answers import Frame, OpenStream, frames_of
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
 ROOT = "llama"
 """The name of the queue: `MODEL` is an alias."""
+CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
+RETRY = sse.RETRY.decode()
 WORDS = ["Once", " upon", " a", " time", "."]
 
 Entry = Delta | Terminal
@@ -170,6 +174,19 @@ class RunningPod:
         assert response.status_code == 200, response.text
         return frames_of(response.text)
 
+    async def rest(self, path: str, completion_id: str, after: str | None = None, how: str = "header") -> str:
+        """What a resumed stream brings, to its end; without the `retry:` at its beginning."""
+        headers = {"last-event-id": after} if after and how == "header" else {}
+        query = {"starting_after": after} if after and how == "query" else {}
+        url = f"{path}/{completion_id}"
+        response = await self.http.get(url, params={"stream": "true", **query}, headers=headers)
+        assert response.status_code == 200, response.text
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["x-request-id"] == completion_id
+        assert response.text.startswith((RETRY + "id: ", RETRY + "data: "))
+        assert response.text.count(RETRY) == 1
+        return response.text.removeprefix(RETRY)
+
     @asynccontextmanager
     async def begun(self, path: str, body: dict[str, Any]) -> AsyncIterator[OpenStream]:
         """A stream whose first event has come. It is left at the end of the block, ended or not."""
@@ -213,3 +230,9 @@ def settings_for(redis_url: str, **fields: Any) -> ApiSettings:
 def chat(**fields: Any) -> dict[str, Any]:
     """A chat request."""
     return {"model": MODEL, "messages": [{"role": "user", "content": "Tell me a story."}], **fields}
+
+
+def streamed(path: str, **fields: Any) -> dict[str, Any]:
+    """A request for a stream, at either endpoint."""
+    fields = {"stream": True, **fields}
+    return chat(**fields) if path == CHAT else {"model": MODEL, "prompt": "Say", **fields}

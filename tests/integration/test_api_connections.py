@@ -9,11 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
-from arq.connections import ArqRedis
 
 from llmboost import inbox
 from llmboost.jobs import GenerationJob
-from llmboost.streams import TokenStreams
 from llmboost_api.connections import MAX_HEAD_BYTES, UNSENT_BYTES, ClientConnection
 
 from ..waiting import wait_until
@@ -27,7 +25,6 @@ from .api_pod import (
     says,
     serving,
     settings_for,
-    working,
 )
 
 SEND_TIMEOUT_S = 0.7
@@ -36,12 +33,6 @@ LONG = [f"{number:06} " + "x" * 1000 for number in range(4000)]
 """Texts of an answer that fits into no buffer."""
 WRITE_BUFFER = 64 * 1024
 """What uvicorn lets wait in the process; one write may overshoot."""
-
-
-@pytest.fixture
-async def worker(redis: ArqRedis, streams: TokenStreams) -> AsyncIterator[ScriptedWorker]:
-    async with working(redis, streams) as running:
-        yield running
 
 
 @pytest.fixture

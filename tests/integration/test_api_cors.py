@@ -1,14 +1,10 @@
 """Pages of other origins: what the answers tell a browser."""
 
-from collections.abc import AsyncIterator
-
 import pytest
-from arq.connections import ArqRedis
 
-from llmboost.streams import TokenStreams
 from llmboost_api.routes import models
 
-from .api_pod import ScriptedWorker, chat, serving, settings_for, working
+from .api_pod import ScriptedWorker, chat, serving, settings_for
 
 PAGE = {"origin": "https://chat.example.com"}
 ASKED = "authorization,content-type,last-event-id,x-stainless-os,x-stainless-retry-count"
@@ -17,12 +13,6 @@ QUESTION = {
     "access-control-request-method": "POST",
     "access-control-request-headers": ASKED,
 }
-
-
-@pytest.fixture
-async def worker(redis: ArqRedis, streams: TokenStreams) -> AsyncIterator[ScriptedWorker]:
-    async with working(redis, streams) as running:
-        yield running
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/nowhere"])
