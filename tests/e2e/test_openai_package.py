@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from llmboost.streams import Cursor, position
 from tests.e2e.asking import (
     Heard,
     ask,
@@ -21,7 +22,7 @@ from tests.e2e.asking import (
     text_of,
 )
 from tests.e2e.system import System
-from tests.integration.api_pod import frames_of
+from tests.integration.answers import frames_of
 
 REQUESTS = {
     "chat": chat(seed=3, max_tokens=40),
@@ -76,6 +77,13 @@ async def test_slow_streams_with_pings(system: System) -> None:
     assert {stream.finish_reason for stream in heard} == {"length"}
 
 
+def place_of(frame_id: str | None) -> tuple[int, int, float]:
+    """Where in its stream a frame is: the last of an entry has read all of it."""
+    cursor = Cursor.parse(frame_id or "")
+    assert cursor is not None, frame_id
+    return (*position(cursor.entry_id), cursor.frames or float("inf"))
+
+
 async def test_pings_and_ids_are_on(system: System) -> None:
     """What the other tests count on: pings come while tokens flow, each ends in a single newline, and every
     frame of the stream has its own, growing id."""
@@ -85,9 +93,9 @@ async def test_pings_and_ids_are_on(system: System) -> None:
     frames = frames_of(response.text)  # knows pings with a single newline only
     before_the_end = response.text[: response.text.rindex("data: {")]
     assert before_the_end.count(": ping\n") >= 3
-    ids = [tuple(map(int, frame.id.split("-"))) for frame in frames if frame.id]
-    assert len(ids) >= 10  # a busy server sends several tokens in one
-    assert ids == sorted(set(ids))
+    places = [place_of(frame.id) for frame in frames]
+    assert len(places) >= 10  # a busy server sends several tokens in one
+    assert places == sorted(set(places))
     assert frames[-1].data == "[DONE]"
 
 

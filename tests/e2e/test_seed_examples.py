@@ -14,7 +14,7 @@ from llmboost.entries import Delta
 from llmboost.streams import TokenStreams
 from tests.commands import Command
 from tests.e2e.system import LOADING_S, MODEL, SEED_NAME, System
-from tests.integration.api_pod import Frame, frames_of
+from tests.integration.answers import Frame, frames_of
 
 EXAMPLES = Path(__file__).parent / "seed"
 PORT = "localhost:8011"

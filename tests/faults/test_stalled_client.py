@@ -21,7 +21,8 @@ from llmboost.streams import TokenStreams
 from tests.commands import wait_until
 from tests.e2e.asking import hear_all, long_story, path_of, transcript
 from tests.e2e.system import ONE_THREAD, System
-from tests.integration.api_pod import Step, chat, ends, frames_of, says, working
+from tests.integration.answers import frames_of
+from tests.integration.api_pod import Step, chat, ends, says, working
 from tests.waiting import wait_until as wait_until_async
 
 STALLED = 12
