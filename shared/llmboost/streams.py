@@ -38,7 +38,7 @@ SEAL_ATTEMPT = 2**53 - 1
 SEAL_ID = f"{SEAL_ATTEMPT}-0"
 """2^53-1 is the largest integer that Lua and JavaScript hold exactly."""
 BEGINNING = "0-0"
-"""Cursor before the first entry."""
+"""Below the id of every entry."""
 
 
 _NUMBER = "(?:0|[1-9][0-9]{0,15})"
