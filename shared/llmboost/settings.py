@@ -159,7 +159,7 @@ class WorkerSettings(CommonSettings):
         None,
         description="GiB for keys and values; default: half of the free memory on a CPU, 0.9 of it on a GPU.",
     )
-    max_num_seqs: PositiveInt = Field(32, description="Sequences in one batch.")
+    max_num_seqs: PositiveInt = Field(256, description="Sequences in one batch.")
     max_num_batched_tokens: PositiveInt = Field(2048, description="Tokens in one step, prefill included.")
     enable_chunked_prefill: bool = Field(
         True, description="Split long prompts over several steps, so that running streams don't stall."
