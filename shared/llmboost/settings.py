@@ -168,7 +168,7 @@ class WorkerSettings(CommonSettings):
         3.0, description="Seconds after which a dead worker's jobs go to another."
     )
     max_tries: PositiveInt = Field(
-        3, description="Workers that a request may take down with it before it is given up."
+        3, description="Workers in a row that a request may take down before it is given up."
     )
 
 
