@@ -159,7 +159,7 @@ class WorkerSettings(CommonSettings):
         None,
         description="GiB for keys and values; default: half of the free memory on a CPU, 0.9 of it on a GPU.",
     )
-    max_num_seqs: PositiveInt = Field(32, description="Sequences in one batch.")
+    max_num_seqs: PositiveInt = Field(256, description="Sequences in one batch.")
     max_num_batched_tokens: PositiveInt = Field(2048, description="Tokens in one step, prefill included.")
     enable_chunked_prefill: bool = Field(
         True, description="Split long prompts over several steps, so that running streams don't stall."
@@ -168,7 +168,7 @@ class WorkerSettings(CommonSettings):
         3.0, description="Seconds after which a dead worker's jobs go to another."
     )
     max_tries: PositiveInt = Field(
-        3, description="Workers that a request may take down with it before it is given up."
+        3, description="Workers in a row that a request may take down before it is given up."
     )
 
 

@@ -46,6 +46,34 @@ async def waiting(redis: ArqRedis) -> int:
     return int(await redis.zcard(keys.queue(MODEL, "interactive")))
 
 
+# Claiming
+
+
+async def test_a_worker_takes_a_burst_in_small_bites(
+    start_worker: StartWorker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that another idle one gets its share. Alone it asks again at once, until it has them all."""
+    jobs = [await submit(queue) for _ in range(20)]
+    calls: list[tuple[str, int]] = []
+    claim, wait = JobQueue.claim, JobQueue.wait
+
+    async def noted_claim(*arguments: Any) -> list[Claim]:
+        claims = await claim(*arguments)
+        calls.append(("claim", len(claims)))
+        return claims
+
+    async def noted_wait(*arguments: Any) -> bool:
+        calls.append(("wait", 0))
+        return await wait(*arguments)
+
+    monkeypatch.setattr(JobQueue, "claim", noted_claim)
+    monkeypatch.setattr(JobQueue, "wait", noted_wait)
+    worker = await start_worker()
+    await running(worker, len(jobs))
+    bite = leased.CLAIMED_AT_ONCE
+    assert calls[:3] == [("claim", bite), ("claim", bite), ("claim", len(jobs) - 2 * bite)]
+
+
 # Acquittal and probation
 
 

@@ -245,6 +245,7 @@ class LeasedWorker(Worker):
     async def _go(self, signum: signal.Signals) -> None:
         if self.on_stop:
             self.on_stop(signum)
+        logger.info("told to go, with %d jobs", len(self.claims))
         try:
             async with asyncio.timeout(min(HAND_OVER_S, self.lease)):
                 await self._hand_over()
@@ -265,7 +266,6 @@ class LeasedWorker(Worker):
         claims = [claim for job_id, claim in self.claims.items() if job_id not in self._settling]
         if claims:
             await persist(lambda: self.queue.release(self.owner, claims))
-            logger.info("handed %d jobs over", len(claims))
         for claim in claims:
             self._drop(claim)
 

@@ -147,7 +147,7 @@ class WorkerProcess:
                 # A wake token that this worker popped while it was told to go must wake another.
                 await self.queue.wake(self.names[0])
         except (RedisError, OSError) as error:
-            logger.warning("can't say goodbye: %s", error)
+            logger.warning("can't say goodbye: %s", str(error) or "no answer in time")
 
     async def _close_engine(self) -> None:
         if self.generator is None or self.engine is None:

@@ -22,7 +22,7 @@ class EngineConfig:
     """auto, cpu, cuda or cuda:<n>. auto: CUDA if there is one."""
     max_model_len: int | None = None
     """Prompt and output together, in tokens. None: as many positions as the model was made for."""
-    max_num_seqs: int = 32
+    max_num_seqs: int = 256
     """Sequences in one step."""
     max_num_batched_tokens: int = 2048
     """Tokens in one step. Bounds how long a long prompt can hold up everyone's next token."""
