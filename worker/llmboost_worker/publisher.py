@@ -124,6 +124,8 @@ class Publisher:
                     logger.exception("entry %s of %s failed", entry_id, outbox.writer.job_id)
                 again = True
             else:
+                if outbox.in_flight is None:
+                    continue  # discarded while the newest entry was read
                 outbox.appended()
                 if outbox.pending:
                     self._work.set()
