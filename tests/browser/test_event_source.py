@@ -1,17 +1,20 @@
 """A page follows a stream with the browser's own EventSource, which connects again by itself."""
 
 import json
+import re
 import signal
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import psutil
 import pytest
 
 from llmboost.connection import connect
 from llmboost.streams import TokenStreams
 from tests.browser.chromium import Page
+from tests.commands import ROOT
 from tests.e2e.asking import CHAT, attempts, long_story, text_of
 from tests.e2e.system import System, scaled
 from tests.integration.test_proxy import proxy, pytestmark  # noqa: F401 (skipped where there is no nginx)
@@ -22,6 +25,9 @@ SHOWN = 40
 """Frames that a page has had before something dies."""
 ENDED_S = 180.0
 CLOSED = 2
+"""An EventSource's `readyState` when it tries no more."""
+DOCUMENTED = "http://localhost:8011"
+"""Where the documentation's examples find the API."""
 
 
 @pytest.fixture(scope="module")
@@ -55,10 +61,10 @@ async def streams(system: System) -> AsyncIterator[TokenStreams]:
 
 async def begin(page: Page, api: str) -> str:
     """Has the page ask for the story, and follow it as soon as it has begun; returns the completion's id."""
-    asked = await page.evaluate(
-        f"ask({json.dumps(api)}, {json.dumps({**STORY, 'stream': True})}, {{}}, true)"
-    )
+    arguments = json.dumps([api, {**STORY, "stream": True}, {}, 1])
+    asked = await page.evaluate(f"ask(...{arguments})")
     assert asked["status"] == 200
+    await page.evaluate("answer.replaceChildren()")
     await page.evaluate(f"follow({json.dumps(api)}, {json.dumps(asked['id'])})")
     await page.wait_for(f"followed.ids.length >= {SHOWN}")
     completion_id: str = asked["id"]
@@ -116,3 +122,15 @@ async def test_a_worker_is_killed(
     assert await page.evaluate("answer.textContent") == story
     assert followed["opened"] == 1
     assert len(await attempts(streams, completion_id)) == 2
+
+
+async def test_the_documented_page(page: Page, api: str) -> None:
+    """The example of docs/api.md, word for word, shows the answer and stops."""
+    (example,) = re.findall(r"```js\n(.*?)```", (ROOT / "docs" / "api.md").read_text(), re.DOTALL)
+    assert DOCUMENTED in example
+    await page.evaluate("document.body.replaceChildren()")
+    await page.evaluate(f"(async () => {{{example.replace(DOCUMENTED, api)} window.source = source }})()")
+    await page.wait_for(f"source.readyState == {CLOSED}")
+    async with httpx.AsyncClient(timeout=60) as http:
+        answer = await http.get((await page.evaluate("source.url")).partition("?")[0])
+    assert await page.evaluate("document.body.textContent") == text_of(answer.json())

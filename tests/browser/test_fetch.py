@@ -27,9 +27,9 @@ def system(origin: str) -> Iterator[System]:
         yield running
 
 
-def call(system: System, pod: int, body: object, headers: object) -> str:
-    """The expression that asks in the page."""
-    return f"ask({json.dumps(system.urls[pod])}, {json.dumps(body)}, {json.dumps(headers)})"
+def ask(system: System, pod: int, *arguments: object) -> str:
+    """The expression that asks in the page: body, headers, and how many frames to take."""
+    return f"ask(...{json.dumps([system.urls[pod], *arguments])})"
 
 
 @pytest.mark.parametrize("pod", [ANY, ONE], ids=["any", "one"])
@@ -38,11 +38,24 @@ async def test_an_answer_streams_into_the_page(system: System, page: Page, pod: 
     body = long_story(80, seed=3)
     async with httpx.AsyncClient(base_url=system.urls[pod], headers=HEADERS, timeout=60) as http:
         expected = text_of((await http.post(CHAT, json=body)).json())
-    seen = await page.evaluate(call(system, pod, {**body, "stream": True}, HEADERS))
+    seen = await page.evaluate(ask(system, pod, {**body, "stream": True}, HEADERS))
     assert await page.evaluate("answer.textContent") == expected
     assert (seen["status"], seen["done"], seen["requestId"]) == (200, True, seen["id"])
     assert seen["reads"] > 20
     assert page.console == []
+
+
+async def test_a_page_with_a_key_resumes(system: System, page: Page) -> None:
+    """By fetch, for an EventSource can't send keys: another pod has what the first had not sent."""
+    body = long_story(80, seed=4)
+    async with httpx.AsyncClient(base_url=system.urls[ANY], headers=HEADERS, timeout=60) as http:
+        expected = text_of((await http.post(CHAT, json=body)).json())
+    seen = await page.evaluate(ask(system, ANY, {**body, "stream": True}, HEADERS, 20))
+    assert not seen.get("done")
+    rest = [system.urls[ONE], seen["id"], seen["lastEventId"], HEADERS]
+    seen = await page.evaluate(f"resume(...{json.dumps(rest)})")
+    assert seen["done"]
+    assert await page.evaluate("answer.textContent") == expected
 
 
 @pytest.mark.parametrize(
@@ -58,7 +71,7 @@ async def test_an_error_can_be_read(
     system: System, page: Page, body: object, headers: object, status: int, code: str
 ) -> None:
     """Its status, its words and the request's id, where a page would otherwise see a failed connection."""
-    seen = await page.evaluate(call(system, ANY, body, headers))
+    seen = await page.evaluate(ask(system, ANY, body, headers))
     assert (seen["status"], seen["error"]["code"]) == (status, code)
     assert seen["requestId"]
 
@@ -66,5 +79,5 @@ async def test_an_error_can_be_read(
 async def test_a_page_of_an_origin_that_is_not_allowed_gets_nothing(system: System, page: Page) -> None:
     """The browser doesn't even send the request."""
     with pytest.raises(AssertionError, match="Failed to fetch"):
-        await page.evaluate(call(system, ANOTHER, chat(), HEADERS))
+        await page.evaluate(ask(system, ANOTHER, chat(), HEADERS))
     assert any("blocked by CORS policy" in line for line in page.console), page.console
