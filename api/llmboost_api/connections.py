@@ -85,6 +85,11 @@ class ClientConnection(HttpToolsProtocol):
         if isinstance(exc, TimeoutError):
             logger.info("client stopped reading: %s", self._name)
 
+    def end_if_stalled(self) -> None:
+        """Breaks the connection if its client takes nothing of what waits: nor would it take an end."""
+        if self.flow.write_paused:
+            self.transport.abort()
+
     def _expect_request(self) -> None:
         self._late = self.loop.call_later(self._receive_timeout, self._on_late)
 

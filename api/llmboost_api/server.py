@@ -27,7 +27,8 @@ class PodServer(uvicorn.Server):
     """Differs from uvicorn's server in this:
 
     1. `shutdown` gives running responses `drain_timeout` seconds, and then has those that are left end in
-       an error that their clients can read, where uvicorn would cut them off.
+       an error that their clients can read, where uvicorn would cut them off. It does cut off a client that
+       reads nothing.
     2. `handle_exit` does not raise the signal again afterwards: a drained pod ends with status 0. A second
        signal of either kind, not SIGINT alone, stops the waiting.
     3. sse-starlette ends all streams as soon as the process is told to go; that is switched off.
@@ -69,15 +70,19 @@ class PodServer(uvicorn.Server):
         logger.info("ready: serving on http://%s:%d", host, self.port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        generations = self._app.state.pod.generations
-        logger.info(
-            "draining: running=%d timeout=%gs", len(generations.running), self._settings.drain_timeout
-        )
-        ending = asyncio.get_running_loop().call_later(self._settings.drain_timeout, generations.end_all)
+        running = len(self._app.state.pod.generations.running)
+        logger.info("draining: running=%d timeout=%gs", running, self._settings.drain_timeout)
+        ending = asyncio.get_running_loop().call_later(self._settings.drain_timeout, self._end_what_runs)
         try:
             await super().shutdown(sockets)
         finally:
             ending.cancel()
+
+    def _end_what_runs(self) -> None:
+        self._app.state.pod.generations.end_all()
+        for connection in list(self.server_state.connections):
+            assert isinstance(connection, ClientConnection)
+            connection.end_if_stalled()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         del frame

@@ -157,6 +157,21 @@ async def test_a_client_that_reads_again_in_time_gets_everything(
     assert frames[-1].data == "[DONE]"
 
 
+async def test_a_pod_that_goes_does_not_wait_for_it(
+    redis_url: str, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When the drain is over: a client that reads nothing would not read last words. It can resume."""
+    worker.script = long_story
+    async with serving(settings_for(redis_url, drain_timeout=0.1)) as pod, connected(pod) as client:
+        await send(client, post(chat(stream=True)))
+        await wait_until(lambda: worker.finished)
+        (connection,) = connections(pod)
+        await wait_until(lambda: connection.flow.write_paused)
+        pod.server.should_exit = True
+        await wait_until(lambda: not connections(pod), within=30)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
 def dechunked(response: bytes) -> str:
     """The body of a response in chunked encoding."""
     body, rest = bytearray(), response.partition(b"\r\n\r\n")[2]
