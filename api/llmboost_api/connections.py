@@ -65,7 +65,7 @@ class ClientConnection(HttpToolsProtocol):
         if self._head_bytes is not None:
             self._head_bytes += len(data)
             if self._head_bytes > MAX_HEAD_BYTES:
-                self._end(_HEAD_TOO_LARGE)
+                self._end(None if self._answering else _HEAD_TOO_LARGE)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
@@ -100,20 +100,24 @@ class ClientConnection(HttpToolsProtocol):
 
     def _on_late(self) -> None:
         self._late = None
-        cycle = self.cycle
-        answering = cycle is not None and not cycle.response_complete
-        if self.flow.read_paused or (answering and not cycle.more_body):
+        if self.flow.read_paused or (self._answering and not self.cycle.more_body):
             self._expect_request()  # What came is the beginning of the next request, which can wait.
             return
         logger.info("client stopped sending: %s", self._name)
-        self._end(_late_error(self._receive_timeout) if answering and not cycle.response_started else None)
+        unanswered = self._answering and not self.cycle.response_started
+        self._end(_late_error(self._receive_timeout) if unanswered else None)
 
     def _end(self, error: ApiError | None) -> None:
         """Closes the connection, after this answer if there is one to give. A client that is still sending
         may not get to see it."""
-        if error is not None:
+        if error is not None and not self.transport.is_closing():
             self.transport.write(_response(error))
         self.transport.close()
+
+    @property
+    def _answering(self) -> bool:
+        """Whether a request is in the hands of the app, come whole or not."""
+        return self.cycle is not None and not self.cycle.response_complete
 
     @property
     def _name(self) -> str:
