@@ -27,6 +27,7 @@ from tests.integration.workers import (
     emitted,
     ended,
     expected_ids,
+    registered,
     running,
     step_until,
     submit,
@@ -205,6 +206,8 @@ async def test_an_outage_takes_no_job_from_its_worker(
     await wait_until(lambda: _in_contact_again(redis, early))
     monkeypatch.setattr(late.process.queue, "renew", queue.renew)
     await wait_until(lambda: _reclaims(redis, early))
+    for worker in workers:
+        await wait_until(lambda worker=worker: registered(redis, worker.process))
     assert [set(worker.process.arq.claims) for worker in workers] == held
     assert {claim.attempt for worker in workers for claim in worker.process.arq.claims.values()} == {1}
 
