@@ -185,6 +185,29 @@ async def test_a_worker_that_gets_back_the_job_it_has_lost_runs_it_once(
     assert (await transcript(streams, job)).choices[0].token_ids == expected_ids(job, worker, tokenizer, 12)
 
 
+async def test_a_job_that_is_back_before_its_loss_is_known_is_not_dropped(
+    start_worker: StartWorker, queue: JobQueue, redis: ArqRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A renewal's reply says that the earlier claim is lost, when the worker has claimed the job again."""
+    worker = await start_worker()
+    job = await submit(queue)
+    await running(worker)
+    arq, renew = worker.process.arq, queue.renew
+
+    async def slow_renew(*arguments: Any) -> list[str]:
+        monkeypatch.setattr(worker.process.queue, "renew", renew)  # the heartbeat's
+        await queue.release(arq.owner, [arq.claims[job.id]])
+        lost = await renew(*arguments)
+        await wait_until(lambda: arq.claims[job.id].attempt == 2)
+        assert lost == [job.id]
+        return lost
+
+    monkeypatch.setattr(worker.process.queue, "renew", slow_renew)
+    await arq.renew()
+    assert arq.claims[job.id].attempt == 2
+    await wait_until(lambda: [s for s in worker.engine.sequences if "#2." in s])
+
+
 async def test_an_outage_takes_no_job_from_its_worker(
     start_worker: StartWorker, queue: JobQueue, redis: ArqRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:

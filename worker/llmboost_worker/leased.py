@@ -201,21 +201,21 @@ class LeasedWorker(Worker):
 
     async def renew(self) -> None:
         """Extends the leases of all jobs held, and drops those that are no longer ours."""
-        held = list(self.claims.values())
+        held = dict(self.claims)
         acquitted = {
             claim
-            for claim in held
+            for claim in held.values()
             if claim not in self._acquitted and self.produced_for(claim) >= ACQUITTED_AFTER_S
         }
-        lost = await self.queue.renew(self.model, self.owner, self.lease, held, acquitted)
-        self._acquitted = (self._acquitted | acquitted) & set(held)
+        lost = await self.queue.renew(self.model, self.owner, self.lease, list(held.values()), acquitted)
+        self._acquitted = (self._acquitted | acquitted) & set(held.values())
         if self._probation in acquitted:
             self._end_probation()
         for job_id in lost:
-            if job_id not in self.claims or job_id in self._settling:
-                continue  # its own finish came between
+            if self.claims.get(job_id) is not held[job_id] or job_id in self._settling:
+                continue  # its own finish came between, or a later claim
             logger.warning("%s was taken over by another worker", job_id)
-            self._drop(self.claims[job_id])
+            self._drop(held[job_id])
             self.on_lost(job_id)
 
     def first_token(self, job_id: str) -> None:
