@@ -53,7 +53,7 @@ async def waiting(redis: ArqRedis) -> int:
 async def test_a_worker_takes_a_burst_in_small_bites(
     start_worker: StartWorker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that another idle one gets its share. Alone it asks again at once, until it has them all."""
+    """So that another idle one gets its share. Alone it asks for more at once, until it has them all."""
     jobs = [await submit(queue) for _ in range(20)]
     calls: list[tuple[str, int]] = []
     claim, wait = JobQueue.claim, JobQueue.wait
@@ -71,8 +71,7 @@ async def test_a_worker_takes_a_burst_in_small_bites(
     monkeypatch.setattr(JobQueue, "wait", noted_wait)
     worker = await start_worker()
     await running(worker, len(jobs))
-    bite = leased.CLAIMED_AT_ONCE
-    assert calls[:3] == [("claim", bite), ("claim", bite), ("claim", len(jobs) - 2 * bite)]
+    assert calls[:2] == [("claim", leased.FIRST_BITE), ("claim", len(jobs) - leased.FIRST_BITE)]
 
 
 # Acquittal and probation

@@ -46,8 +46,9 @@ logger = logging.getLogger(__name__)
 
 NO_TIMEOUT_S = 10 * 365 * 86400
 """arq wants a limit on a job's run time; ours is the request's deadline, kept by the reaper."""
-CLAIMED_AT_ONCE = 8
-"""Jobs per claim at most, so that idle workers share a burst. One that gets all it asked for asks again."""
+FIRST_BITE = 8
+"""Jobs that a claim takes at most, so that idle workers share a burst. One that gets all it asked for asks at
+once for twice as many, so alone it is soon full."""
 ACQUITTED_AFTER_S = 1.0
 """An attempt that has appended tokens for so long is not what kills its worker."""
 HAND_OVER_S = 1.5
@@ -102,6 +103,7 @@ class LeasedWorker(Worker):
         self._settling: set[str] = set()
         """Ids of claims whose finish or release is on its way."""
         self._slot_freed = asyncio.Event()
+        self._bite = FIRST_BITE
         self._claiming: asyncio.Task[list[Claim]] | None = None
         self._going: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
@@ -131,8 +133,10 @@ class LeasedWorker(Worker):
         if free <= 0 or not self.allow_pick_jobs:
             await self._slot_freed.wait()
             return
-        self._claiming = self.loop.create_task(self._claim(min(free, CLAIMED_AT_ONCE)))
+        count = min(free, self._bite)
+        self._claiming = self.loop.create_task(self._claim(count))
         claims = await self._claiming
+        self._bite = max(FIRST_BITE, 2 * count) if len(claims) == count else FIRST_BITE
         for claim in claims:
             if self.claims.get(claim.job_id) is claim:  # else handed over already
                 await self._start(claim)
