@@ -27,6 +27,7 @@ from tests.integration.workers import (
     emitted,
     ended,
     expected_ids,
+    registered,
     running,
     step_until,
     submit,
@@ -52,7 +53,7 @@ async def waiting(redis: ArqRedis) -> int:
 async def test_a_worker_takes_a_burst_in_small_bites(
     start_worker: StartWorker, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """So that another idle one gets its share. Alone it asks again at once, until it has them all."""
+    """So that another idle one gets its share. Alone it asks for more at once, until it has them all."""
     jobs = [await submit(queue) for _ in range(20)]
     calls: list[tuple[str, int]] = []
     claim, wait = JobQueue.claim, JobQueue.wait
@@ -70,8 +71,7 @@ async def test_a_worker_takes_a_burst_in_small_bites(
     monkeypatch.setattr(JobQueue, "wait", noted_wait)
     worker = await start_worker()
     await running(worker, len(jobs))
-    bite = leased.CLAIMED_AT_ONCE
-    assert calls[:3] == [("claim", bite), ("claim", bite), ("claim", len(jobs) - 2 * bite)]
+    assert calls[:2] == [("claim", leased.FIRST_BITE), ("claim", len(jobs) - leased.FIRST_BITE)]
 
 
 # Acquittal and probation
@@ -184,6 +184,29 @@ async def test_a_worker_that_gets_back_the_job_it_has_lost_runs_it_once(
     assert (await transcript(streams, job)).choices[0].token_ids == expected_ids(job, worker, tokenizer, 12)
 
 
+async def test_a_job_that_is_back_before_its_loss_is_known_is_not_dropped(
+    start_worker: StartWorker, queue: JobQueue, redis: ArqRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A renewal's reply says that the earlier claim is lost, when the worker has claimed the job again."""
+    worker = await start_worker()
+    job = await submit(queue)
+    await running(worker)
+    arq, renew = worker.process.arq, queue.renew
+
+    async def slow_renew(*arguments: Any) -> list[str]:
+        monkeypatch.setattr(worker.process.queue, "renew", renew)  # the heartbeat's
+        await queue.release(arq.owner, [arq.claims[job.id]])
+        lost = await renew(*arguments)
+        await wait_until(lambda: arq.claims[job.id].attempt == 2)
+        assert lost == [job.id]
+        return lost
+
+    monkeypatch.setattr(worker.process.queue, "renew", slow_renew)
+    await arq.renew()
+    assert arq.claims[job.id].attempt == 2
+    await wait_until(lambda: [s for s in worker.engine.sequences if "#2." in s])
+
+
 async def test_an_outage_takes_no_job_from_its_worker(
     start_worker: StartWorker, queue: JobQueue, redis: ArqRedis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,6 +228,8 @@ async def test_an_outage_takes_no_job_from_its_worker(
     await wait_until(lambda: _in_contact_again(redis, early))
     monkeypatch.setattr(late.process.queue, "renew", queue.renew)
     await wait_until(lambda: _reclaims(redis, early))
+    for worker in workers:
+        await wait_until(lambda worker=worker: registered(redis, worker.process))
     assert [set(worker.process.arq.claims) for worker in workers] == held
     assert {claim.attempt for worker in workers for claim in worker.process.arq.claims.values()} == {1}
 

@@ -14,6 +14,7 @@ from llmboost import keys
 from llmboost.embedded import free_port
 from llmboost.entries import Terminal
 from llmboost.queue import JobQueue
+from llmboost.settings import WorkerSettings
 from tests.commands import ROOT, Command
 from tests.integration.workers import submit
 from tests.jobs import MODEL
@@ -30,10 +31,18 @@ def worker(how: str, redis_url: str) -> Iterator[Command]:
 
 
 async def test_while_its_model_loads(redis_url: str, redis: ArqRedis) -> None:
+    """It has been in contact all the while: once it had loaded it would take over lapsed jobs at once."""
     with worker("loads", redis_url) as process:
         process.wait_for_line("loading")
+        await wait_until(lambda: _in_contact_for(redis, WorkerSettings().lease), within=60)
         process.signal(signal.SIGTERM)
         assert process.wait() == os.EX_OK
+
+
+async def _in_contact_for(redis: ArqRedis, seconds: float) -> bool:
+    since = [int(await redis.get(key) or 2**53) for key in await redis.keys(keys.contact("*"))]
+    now, _ = await redis.time()
+    return bool(since) and now - since[0] / 1000 > seconds
 
 
 async def test_in_a_step_that_does_not_end(redis_url: str, redis: ArqRedis, queue: JobQueue) -> None:

@@ -46,8 +46,9 @@ logger = logging.getLogger(__name__)
 
 NO_TIMEOUT_S = 10 * 365 * 86400
 """arq wants a limit on a job's run time; ours is the request's deadline, kept by the reaper."""
-CLAIMED_AT_ONCE = 8
-"""Jobs per claim at most, so that idle workers share a burst. One that gets all it asked for asks again."""
+FIRST_BITE = 8
+"""Jobs that a claim takes at most, so that idle workers share a burst. One that gets all it asked for asks at
+once for twice as many, so alone it is soon full."""
 ACQUITTED_AFTER_S = 1.0
 """An attempt that has appended tokens for so long is not what kills its worker."""
 HAND_OVER_S = 1.5
@@ -102,6 +103,7 @@ class LeasedWorker(Worker):
         self._settling: set[str] = set()
         """Ids of claims whose finish or release is on its way."""
         self._slot_freed = asyncio.Event()
+        self._bite = FIRST_BITE
         self._claiming: asyncio.Task[list[Claim]] | None = None
         self._going: asyncio.Task[None] | None = None
         self._background: set[asyncio.Task[None]] = set()
@@ -131,8 +133,10 @@ class LeasedWorker(Worker):
         if free <= 0 or not self.allow_pick_jobs:
             await self._slot_freed.wait()
             return
-        self._claiming = self.loop.create_task(self._claim(min(free, CLAIMED_AT_ONCE)))
+        count = min(free, self._bite)
+        self._claiming = self.loop.create_task(self._claim(count))
         claims = await self._claiming
+        self._bite = max(FIRST_BITE, 2 * count) if len(claims) == count else FIRST_BITE
         for claim in claims:
             if self.claims.get(claim.job_id) is claim:  # else handed over already
                 await self._start(claim)
@@ -201,21 +205,21 @@ class LeasedWorker(Worker):
 
     async def renew(self) -> None:
         """Extends the leases of all jobs held, and drops those that are no longer ours."""
-        held = list(self.claims.values())
+        held = dict(self.claims)
         acquitted = {
             claim
-            for claim in held
+            for claim in held.values()
             if claim not in self._acquitted and self.produced_for(claim) >= ACQUITTED_AFTER_S
         }
-        lost = await self.queue.renew(self.model, self.owner, self.lease, held, acquitted)
-        self._acquitted = (self._acquitted | acquitted) & set(held)
+        lost = await self.queue.renew(self.model, self.owner, self.lease, list(held.values()), acquitted)
+        self._acquitted = (self._acquitted | acquitted) & set(held.values())
         if self._probation in acquitted:
             self._end_probation()
         for job_id in lost:
-            if job_id not in self.claims or job_id in self._settling:
-                continue  # its own finish came between
+            if self.claims.get(job_id) is not held[job_id] or job_id in self._settling:
+                continue  # its own finish came between, or a later claim
             logger.warning("%s was taken over by another worker", job_id)
-            self._drop(self.claims[job_id])
+            self._drop(held[job_id])
             self.on_lost(job_id)
 
     def first_token(self, job_id: str) -> None:

@@ -146,6 +146,7 @@ class WorkerProcess:
                 await self.registry.withdraw(self.id)
                 # A wake token that this worker popped while it was told to go must wake another.
                 await self.queue.wake(self.names[0])
+                await self.redis.delete(self.arq.health_check_key)
         except (RedisError, OSError) as error:
             logger.warning("can't say goodbye: %s", str(error) or "no answer in time")
 
