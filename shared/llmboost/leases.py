@@ -11,10 +11,8 @@ blame:
 - Only an attempt that has begun is a suspect (arq's `arq:retry:<id>` is there from its beginning), and only
   until its worker *acquits* it, because it has gone on producing for a while. That sets its deaths to 0.
 - A job with one try left is claimed from a queue of its own (`<queue>:last`), at most one at a time per
-  worker, which is then *on probation* for it. If a worker dies on probation, that job alone is counted.
-- So a job is given up only by a death on probation (or by its first death, if it has but one try). One that
-  is past its probation, but not yet acquitted, when somebody else kills the worker, stays on its last try;
-  its next probation lasts until it is acquitted, in case it was the one.
+  worker, which is then *on probation* for it until the job is acquitted or has ended. If a worker dies on
+  probation, that job alone is counted, and so is given up.
 
 **An outage is not a death.** While Redis is away nobody can renew, and afterwards every lease has lapsed. So
 `reclaim` does nothing for a worker whose own renewals have been interrupted within the last lease, by
@@ -45,8 +43,6 @@ class Claim:
     attempt: int
     score: int
     """arq's score: enqueue time in ms."""
-    deaths: int = 0
-    """Of a job on its last try: workers that have died of it, so far as is known."""
     on_probation: bool = False
     """The worker has it on probation until it says otherwise."""
     used_up: bool = False
@@ -104,9 +100,9 @@ local function take_last_try(queue)
   take(queue, 1)
   local claim = taken[before + 1]
   if not claim then return end
-  local deaths, used_up = unpack(redis.call('HMGET', claims .. claim[1], 'deaths', 'used_up'))
-  claim[4], claim[5] = tonumber(deaths) or 0, used_up and 1 or 0
-  if not used_up then redis.call('SET', probation, claim[1], 'PX', 3600000) end
+  local used_up = redis.call('HEXISTS', claims .. claim[1], 'used_up')
+  claim[4] = used_up
+  if used_up == 0 then redis.call('SET', probation, claim[1], 'PX', 3600000) end
 end
 for i = 4, #KEYS do
   if #taken < count then take_last_try(KEYS[i] .. last) end
@@ -191,14 +187,14 @@ local claims, retries, leases, contact, probations = unpack(KEYS)
 local lease, max_tries, last, most = tonumber(ARGV[1]), tonumber(ARGV[2]), ARGV[3], ARGV[4]
 local since = redis.call('GET', contact)
 if not since or now - since < lease then return {} end
-local function count_death(id, on_probation)
+local function count_death(id)
   local claim = claims .. id
   local deaths = redis.call('HINCRBY', claim, 'deaths', 1)
   if deaths >= max_tries - 1 then
     local queue = redis.call('HGET', claim, 'queue')
     if string.sub(queue, -#last) ~= last then redis.call('HSET', claim, 'queue', queue .. last) end
   end
-  if deaths >= max_tries and (on_probation or max_tries == 1) then redis.call('HSET', claim, 'used_up', 1) end
+  if deaths >= max_tries then redis.call('HSET', claim, 'used_up', 1) end
 end
 local lapsed = redis.call('ZRANGE', leases, '-inf', now, 'BYSCORE', 'LIMIT', 0, most)
 for _, id in ipairs(lapsed) do
@@ -207,7 +203,7 @@ for _, id in ipairs(lapsed) do
   if owner then
     local suspect = redis.call('GET', probations .. owner)
     local begun = redis.call('EXISTS', retries .. id) == 1
-    if begun and (not suspect or suspect == id) then count_death(id, suspect == id) end
+    if begun and (not suspect or suspect == id) then count_death(id) end
     -- Its other jobs lapse within a lease of this one, and must find it too.
     if suspect == id then redis.call('PEXPIRE', probations .. owner, 2 * lease) end
     put_back(id)
@@ -248,15 +244,14 @@ class LeasedJobs:
         )
         claims = []
         for job_id, attempt, score, *last_try in taken:
-            deaths, used_up = last_try or (0, 0)
+            used_up = bool(last_try and last_try[0])
             claims.append(
                 Claim(
                     job_id.decode(),
                     attempt,
                     int(float(score)),
-                    deaths,
                     on_probation=bool(last_try) and not used_up,
-                    used_up=bool(used_up),
+                    used_up=used_up,
                 )
             )
         return claims
@@ -282,7 +277,7 @@ class LeasedJobs:
         return [cast(bytes, job_id).decode() for job_id in lost]
 
     async def end_probation(self, model: str, owner: str, job_id: str) -> None:
-        """The job has not killed its worker at once: the next one on its last try may come."""
+        """The job is acquitted, or has ended: the next one on its last try may come."""
         last_tries = [keys.queue(model, each) + keys.LAST for each in JOB_CLASSES]
         await _END_PROBATION(self.redis, [keys.probation(owner), keys.wake(model), *last_tries], [job_id])
 

@@ -190,8 +190,8 @@ async def test_a_poisonous_request_is_given_up_and_nobody_else(queue: JobQueue, 
                 if claim.used_up:
                     assert claim.job_id == poison
                     await sealed_as_used_up(queue, claim, owner)
-                if claim.on_probation:  # the first token
-                    assert claim.deaths == max_tries - 1, "spared when the poisonous one was on probation"
+                if claim.on_probation:
+                    await queue.renew(MODEL, owner, LEASE_S, [claim], {claim})
                     await queue.end_probation(MODEL, owner, claim.job_id)
         else:
             running = {claim.job_id for claim in held if not claim.used_up}
@@ -255,21 +255,6 @@ async def test_jobs_on_their_last_try_are_claimed_one_by_one(queue: JobQueue) ->
     assert await claimed(queue, 8, "a") == [third.id]
 
 
-async def test_whom_somebody_else_killed_after_its_probation_is_watched_for_longer(queue: JobQueue) -> None:
-    """It may have been the one: so it is not given up, and not let off."""
-    await on_last_try(queue, 1)
-    [claim] = await queue.claim(MODEL, 8, "a", LEASE_S)
-    await begin(queue, [claim])
-    await queue.end_probation(MODEL, "a", claim.job_id)
-    await die(queue, [claim])
-    [claim] = await queue.claim(MODEL, 8, "b", LEASE_S)
-    assert (claim.on_probation, claim.deaths) == (True, 3)
-    await begin(queue, [claim])
-    await die(queue, [claim])
-    [claim] = await queue.claim(MODEL, 8, "c", LEASE_S)
-    assert claim.used_up
-
-
 async def test_jobs_that_lapse_after_the_one_on_probation_are_spared_too(queue: JobQueue) -> None:
     await on_last_try(queue, 2)
     [_, other] = claims = [
@@ -279,8 +264,10 @@ async def test_jobs_that_lapse_after_the_one_on_probation_are_spared_too(queue: 
     await begin(queue, claims)
     await die(queue, [other])
     await die(queue, claims[:1])
-    [claim] = await queue.claim(MODEL, 8, "b", LEASE_S)
-    assert (claim.job_id, claim.deaths) == (claims[0].job_id, 2)
+    [spared] = await queue.claim(MODEL, 8, "b", LEASE_S)
+    [blamed] = await queue.claim(MODEL, 8, "c", LEASE_S)
+    assert (spared.job_id, spared.used_up) == (claims[0].job_id, False)
+    assert (blamed.job_id, blamed.used_up) == (other.job_id, True)
 
 
 async def _next_on_probation(queue: JobQueue, owner: str) -> list[Claim]:
@@ -295,7 +282,7 @@ async def test_a_claim_whose_reply_was_lost_costs_no_try(queue: JobQueue) -> Non
     await die(queue, [unknown])
     assert await queue.redis.pttl(keys.probation("w")) <= 2 * CONTACT_S * 1000
     [claim] = await queue.claim(MODEL, 8, "other", LEASE_S)
-    assert (claim.deaths, claim.used_up) == (2, False)
+    assert not claim.used_up
 
 
 async def test_a_hand_over_costs_no_try(queue: JobQueue) -> None:
@@ -307,7 +294,7 @@ async def test_a_hand_over_costs_no_try(queue: JobQueue) -> None:
     assert await queue.release("w", claims) == []
     again = await queue.claim(MODEL, 8, "other", LEASE_S)
     assert [claim.job_id for claim in again] == [claim.job_id for claim in claims]
-    assert [claim.deaths for claim in again] == [2, 0, 0, 0]
+    assert not any(claim.used_up for claim in again)
     assert [claim.job_id for claim in again if claim.on_probation] == [last.id]
 
 

@@ -99,47 +99,33 @@ async def _acquitted(redis: ArqRedis, job: GenerationJob) -> bool:
     return not await is_suspect(redis, job)
 
 
-async def on_last_try(queue: JobQueue, *, deaths: int) -> list[GenerationJob]:
-    """Two jobs whose workers have died `deaths` times, each time with both."""
+async def on_last_try(queue: JobQueue) -> list[GenerationJob]:
+    """Two jobs whose workers have died twice, each time with both."""
     jobs = [await submit(queue, max_tokens=900) for _ in range(2)]
-    for _ in range(deaths):
-        claims = []
-        while some := await queue.claim(MODEL, 8, "dead", LEASE_S):
-            claims += some
-            await queue.redis.delete(keys.probation("dead"))
+    for _ in range(2):
+        claims = await queue.claim(MODEL, 8, "dead", LEASE_S)
         await begin(queue, claims)
         await die(queue, claims)
     return jobs
-
-
-async def test_the_next_on_its_last_try_comes_after_the_first_token(
-    start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis
-) -> None:
-    jobs = await on_last_try(queue, deaths=2)
-    worker = await start_worker()
-    await running(worker, 1)
-    assert await redis.get(keys.probation(worker.process.id)) == jobs[0].id.encode()
-    worker.engine.step()
-    await running(worker, 2)
-    worker.engine.step()
-    await wait_until(lambda: _none_on_probation(redis))
 
 
 async def _none_on_probation(redis: ArqRedis) -> bool:
     return not await redis.keys(keys.probation("*"))
 
 
-async def test_one_that_may_kill_later_is_on_probation_until_acquitted(
+async def test_the_next_on_its_last_try_comes_when_the_first_is_acquitted(
     start_worker: StartWorker,
     queue: JobQueue,
     streams: TokenStreams,
     redis: ArqRedis,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Its first token does not clear it: it may kill later."""
     monkeypatch.setattr(leased, "ACQUITTED_AFTER_S", 0.05)
-    first, second = await on_last_try(queue, deaths=3)
+    first, second = await on_last_try(queue)
     worker = await start_worker()
     await running(worker, 1)
+    assert await redis.get(keys.probation(worker.process.id)) == first.id.encode()
     await step_until(worker, lambda: emitted(streams, first, 1))
     assert await redis.exists(keys.probation(worker.process.id))
     await step_until(worker, lambda: len(worker.engine.sequences) == 2)
@@ -150,7 +136,7 @@ async def test_one_that_may_kill_later_is_on_probation_until_acquitted(
 async def test_a_probation_ends_with_its_job(
     start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis
 ) -> None:
-    first, _ = await on_last_try(queue, deaths=2)
+    first, _ = await on_last_try(queue)
     worker = await start_worker()
     await running(worker, 1)
     worker.engine.failing = set(worker.engine.sequences)

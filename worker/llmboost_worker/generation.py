@@ -7,7 +7,7 @@ job only waits for the last of them and seals.
 
 import asyncio
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llmboost.entries import ChoiceDelta, StreamError, Terminal, TokenLogprob, Usage
@@ -111,8 +111,6 @@ class Generator:
         self._by_sequence: dict[str, Generation] = {}
         self.running: dict[str, Generation] = {}
         """By job id."""
-        self.on_first_token: Callable[[str], None] = lambda job_id: None
-        """Called with the id of a job whose attempt has appended its first new token."""
 
     async def run(self, job: GenerationJob, attempt: int) -> None:
         """Generates until the request has ended, and seals its stream.
@@ -121,12 +119,7 @@ class Generator:
         leaves the stream open, to be continued by the next attempt.
         """
         writer = Writer(job.id, attempt)
-        outbox = Outbox(
-            writer,
-            on_end=lambda ended: generation.abandon(ended),
-            on_first_token=lambda: self.on_first_token(job.id),
-        )
-        generation = Generation(job, outbox)
+        generation = Generation(job, Outbox(writer, on_end=lambda ended: generation.abandon(ended)))
         try:
             await self._generate(generation)
         except StreamEnded as ended:

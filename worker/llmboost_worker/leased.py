@@ -222,12 +222,6 @@ class LeasedWorker(Worker):
             self._drop(held[job_id])
             self.on_lost(job_id)
 
-    def first_token(self, job_id: str) -> None:
-        """The job's attempt has appended its first new token: a probation ends, unless it is a longer one."""
-        claim = self._probation
-        if claim is not None and claim.job_id == job_id and claim.deaths < self.deaths_allowed:
-            self._end_probation()
-
     def _end_probation(self) -> None:
         assert self._probation is not None
         job_id, self._probation = self._probation.job_id, None

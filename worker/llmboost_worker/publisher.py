@@ -28,8 +28,6 @@ class Outbox:
     writer: Writer
     on_end: Callable[[StreamEnded], None]
     """Called once if the stream turns out to have ended; nothing is sent after that."""
-    on_first_token: Callable[[], None] = lambda: None
-    """Called once, when the attempt's first new token is in the stream."""
     pending: deque[Delta] = field(default_factory=deque)
     in_flight: tuple[str, Delta] | None = None
     """Entry id and content; kept unchanged until its outcome is known."""
@@ -59,7 +57,6 @@ class Outbox:
             self.latest_token_at = time.monotonic()
             if self.first_token_at is None:
                 self.first_token_at = self.latest_token_at
-                self.on_first_token()
 
     @property
     def produced_for(self) -> float:

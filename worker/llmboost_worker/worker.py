@@ -112,7 +112,6 @@ class WorkerProcess:
             end=self._generator.end,
         )
         generator = self.generator
-        self.generator.on_first_token = self.arq.first_token
         self.arq.produced_for = lambda claim: generator.produced_for(claim.job_id, claim.attempt)
         self.arq.on_lost = lambda job_id: self._generator.end(
             job_id, StreamFenced(f"{job_id}: the lease was lost")
@@ -238,7 +237,8 @@ def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
             device=settings.device,
             max_model_len=settings.max_model_len,
             kv_cache_memory=settings.kv_cache_memory,
-            max_num_seqs=settings.max_num_seqs,
+            # Every sequence has a token in every step.
+            max_num_seqs=min(settings.max_num_seqs, settings.max_num_batched_tokens),
             max_num_batched_tokens=settings.max_num_batched_tokens,
             enable_chunked_prefill=settings.enable_chunked_prefill,
             threads=settings.threads or None,

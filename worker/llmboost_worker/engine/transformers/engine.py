@@ -116,8 +116,10 @@ class TransformersEngine(Engine):
                         on_step(outputs)
         except BaseException as error:
             logger.exception("the engine ended by itself")
-            self._end(error)
+            # First: who hears of it ends the process. Otherwise a request that comes now would be refused as if
+            # it were its own fault.
             on_failure(error)
+            self._end(error)
         else:
             self._end(EngineError("closed"))
         finally:
