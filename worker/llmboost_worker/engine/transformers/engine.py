@@ -116,8 +116,8 @@ class TransformersEngine(Engine):
                         on_step(outputs)
         except BaseException as error:
             logger.exception("the engine ended by itself")
-            # First: who hears of it ends the process. Otherwise a request that comes now would be refused as if
-            # it were its own fault.
+            # First: who hears of it ends the process. Otherwise a request that comes now would be refused
+            # as if it were its own fault.
             on_failure(error)
             self._end(error)
         else:
