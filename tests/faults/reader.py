@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
@@ -75,6 +76,8 @@ class Reader:
         """Times that a pod which was going sent it elsewhere."""
         self.url = ""
         """Of the pod that it reads from, or did last."""
+        self.trail: list[str] = []
+        """What became of each connection, and when (UTC)."""
         self._urls = urls
         self._turn = first
         self._place = (-1, -1, -1)
@@ -113,8 +116,8 @@ class Reader:
                 if urls:
                     await self._connect(http, urls[self._turn % len(urls)])
                     lost_at = None
-            except httpx.TransportError:
-                pass
+            except httpx.TransportError as error:
+                self._note(type(error).__name__)
             if not self.ended:
                 self._turn += 1
                 lost_at = lost_at or time.monotonic()
@@ -122,6 +125,9 @@ class Reader:
                     raise Violation(f"{self.id or 'a request'}: no pod goes on with it")
                 await asyncio.sleep(RETRY_S)
         return self
+
+    def _note(self, what: str) -> None:
+        self.trail.append(f"{datetime.now(UTC):%H:%M:%S.%f} {what}")
 
     async def _connect(self, http: httpx.AsyncClient, url: str) -> None:
         if not self.id:
@@ -131,21 +137,26 @@ class Reader:
             self.resumed += 1
             headers = {"last-event-id": self.cursor} if self.cursor else {}
             request = http.stream("GET", f"{url}{self.path}/{self.id}?stream=true", headers=headers)
+        self._note(f"{'GET' if self.id else 'POST'} {url}")
         async with request as response:
             if response.status_code != 200:
                 await response.aread()
                 self._refused(response)
                 return
+            self._note("200")
             self.id, self.url = self.id or response.headers["x-request-id"], url
             async for event_id, data in events(response):
                 self._take(event_id, data)
+            self._note("end")
         if not self.ended:
             raise Violation(f"{self.id} ended without a word")
         if self.error is not None and self.error["code"] == "server_shutdown":
             self.moved += 1
             self.error = None
+            self._note("told to go elsewhere")
 
     def _refused(self, response: httpx.Response) -> None:
+        self._note(f"{response.status_code}")
         if response.status_code == 503:
             return  # Redis is away, or the pod is going: later, or elsewhere
         try:

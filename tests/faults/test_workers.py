@@ -19,9 +19,8 @@ LEASE_S = 2.0
 
 @pytest.fixture(scope="module")
 def file_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Each worker has room for all streams, for one that must wait for a slot goes on later; and no limit to
-    the workers that a request may lose."""
-    flags = ("--lease", str(LEASE_S), "--max-num-seqs", "80", "--max-tries", "100")
+    """There is no limit to the workers that a request may lose."""
+    flags = ("--lease", str(LEASE_S), "--max-tries", "100")
     with Fleet(tmp_path_factory.mktemp("fleet"), worker_flags=flags) as fleet:
         yield fleet
 
