@@ -10,8 +10,9 @@ from itertools import pairwise
 from typing import Any
 
 import httpx
+from openai import APIError, AsyncOpenAI
 
-from tests.e2e.asking import path_of
+from tests.e2e.asking import create, path_of
 
 RETRY_S = 0.05
 """Between two tries to reach a pod."""
@@ -175,7 +176,10 @@ class Reader:
         chunk = json.loads(data)
         if "error" in chunk:
             self.error = chunk["error"]
-            return
+        else:
+            self._take_chunk(chunk)
+
+    def _take_chunk(self, chunk: dict[str, Any]) -> None:
         if self.id not in ("", chunk["id"]):
             raise Violation(f"{self.id} has become {chunk['id']}")
         self.id = chunk["id"]
@@ -196,6 +200,26 @@ class Reader:
         if place <= self._place:
             raise Violation(f"{self.id}: frame {event_id} comes after {self.cursor}")
         self.cursor, self._place = event_id, place
+
+
+class OfficialReader(Reader):
+    """The same by OpenAI's own client, which does not come back when a connection breaks."""
+
+    async def read(self, http: httpx.AsyncClient) -> Reader:
+        urls = self._urls()
+        self.url = urls[self._turn % len(urls)]
+        self.posts += 1
+        try:
+            async with AsyncOpenAI(
+                base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=None
+            ) as client:
+                async for chunk in await create(client, self.body):
+                    self._take_chunk(chunk.to_dict())
+        except APIError as error:
+            self.error = {"code": error.code, "message": error.message}
+        # It ends in silence with and without [DONE].
+        self.done = self.error is None and all(choice.finish_reason for choice in self.choices.values())
+        return self
 
 
 async def events(response: httpx.Response) -> AsyncIterator[tuple[str, str]]:
