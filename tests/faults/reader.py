@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from typing import Any
 import httpx
 from openai import APIError, AsyncOpenAI
 
+from llmboost.streams import Cursor, position
 from tests.e2e.asking import create, path_of
 
 RETRY_S = 0.05
@@ -81,7 +83,7 @@ class Reader:
         """What became of each connection, and when (UTC)."""
         self._urls = urls
         self._turn = first
-        self._place = (-1, -1, -1)
+        self._place: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, other: "Reader", urls: Callable[[], list[str]], first: int) -> "Reader":
@@ -146,15 +148,14 @@ class Reader:
                 return
             self._note("200")
             self.id, self.url = self.id or response.headers["x-request-id"], url
+            moved = self.moved
             async for event_id, data in events(response):
+                if self.ended or self.moved > moved:
+                    raise Violation(f"more after the end: {data}")
                 self._take(event_id, data)
             self._note("end")
-        if not self.ended:
+        if not self.ended and self.moved == moved:
             raise Violation(f"{self.id} ended without a word")
-        if self.error is not None and self.error["code"] == "server_shutdown":
-            self.moved += 1
-            self.error = None
-            self._note("told to go elsewhere")
 
     def _refused(self, response: httpx.Response) -> None:
         self._note(f"{response.status_code}")
@@ -166,15 +167,15 @@ class Reader:
             raise Violation(f"{response.status_code} {response.text!r}") from None
 
     def _take(self, event_id: str, data: str) -> None:
-        if self.ended:
-            raise Violation(f"more after the end: {data}")
         if event_id:
             self._move(event_id)
         if data == "[DONE]":
             self.done = True
             return
         chunk = json.loads(data)
-        if "error" in chunk:
+        if "error" in chunk and chunk["error"]["code"] == "server_shutdown":
+            self.moved += 1
+        elif "error" in chunk:
             self.error = chunk["error"]
         else:
             self._take_chunk(chunk)
@@ -193,10 +194,11 @@ class Reader:
             self.usage = chunk["usage"]
 
     def _move(self, event_id: str) -> None:
-        attempt, _, rest = event_id.partition("-")
-        n, _, k = rest.partition(".")
-        # `a-n.k` is a part of what `a-n` has read whole.
-        place = (int(attempt), int(n), int(k) if k else 2**31)
+        cursor = Cursor.parse(event_id)
+        if cursor is None:
+            raise Violation(f"{self.id}: {event_id!r} is no frame's id")
+        # A part of an entry's frames comes before all of them.
+        place = (*position(cursor.entry_id), math.inf if cursor.frames is None else cursor.frames)
         if place <= self._place:
             raise Violation(f"{self.id}: frame {event_id} comes after {self.cursor}")
         self.cursor, self._place = event_id, place
