@@ -89,6 +89,18 @@ class Fleet(System):
         """Those that run, loading ones and frozen ones too; the oldest first."""
         return [name for name in self.parts if name.startswith("worker-")]
 
+    def serving(self, kind: str) -> list[str]:
+        """Names of the workers, or pods, that do what they are there for: not loading, not frozen."""
+        line = {"worker": ": serving ", "pod": "ready: serving on"}[kind]
+        return [
+            name
+            for name, part in self.parts.items()
+            if name.startswith(f"{kind}-")
+            and name not in self._frozen
+            and part.process.poll() is None
+            and any(line in each for each in part.err)
+        ]
+
     @property
     def live_urls(self) -> list[str]:
         """Of pods that run."""

@@ -13,7 +13,7 @@ from llmboost.streams import TokenStreams, persist
 from tests.e2e.system import MODEL
 from tests.faults.fleet import Fleet
 from tests.faults.oracle import Oracle
-from tests.faults.reader import Reader
+from tests.faults.reader import OfficialReader, Reader
 from tests.faults.requests import request
 from tests.waiting import wait_until
 
@@ -31,11 +31,18 @@ class Load:
     the oracle when the body is left."""
 
     def __init__(
-        self, fleet: Fleet, oracle: Oracle, *, streams: int = STREAMS, tokens: int = 90, exact: bool = True
+        self,
+        fleet: Fleet,
+        oracle: Oracle,
+        *,
+        streams: int = STREAMS,
+        exact: bool = True,
+        official: bool = False,
     ) -> None:
-        """`exact`: none may end in an error."""
+        """`exact`: none may end in an error. `official`: some clients are OpenAI's own."""
         self._exact = exact
-        self.bodies = [request(number, tokens) for number in range(streams)]
+        self._official = official
+        self.bodies = [request(number) for number in range(streams)]
         self.readers: list[Reader] = []
         self.fleet = fleet
         self._oracle = oracle
@@ -48,7 +55,8 @@ class Load:
         # A stream may well be silent for longer than a client would wait by default.
         self.http = httpx.AsyncClient(timeout=None, limits=httpx.Limits(max_connections=None))
         for number, body in enumerate(self.bodies):
-            self.readers.append(Reader(body, self.urls, number))
+            kind = OfficialReader if self._official and number % 7 == 0 else Reader
+            self.readers.append(kind(body, self.urls, number))
         self._tasks = [asyncio.create_task(reader.read(self.http)) for reader in self.readers]
         return self
 
@@ -146,3 +154,8 @@ class Load:
         """Ids of requests that no worker has taken yet."""
         ids = await persist(lambda: self._redis.zrange(keys.queue(MODEL, "interactive"), 0, -1))
         return [job_id.decode() for job_id in ids]
+
+    async def owner(self, reader: Reader) -> str:
+        """Id of the worker that has claimed its request; empty if none has."""
+        owner = await persist(lambda: self._redis.hmget(keys.claim(reader.id), ["owner"]))
+        return (owner[0] or b"").decode()

@@ -122,6 +122,10 @@ class Network:
     async def _connect(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         link = Link(self, writer)
         self._links.add(link)
+        with suppress(asyncio.CancelledError):  # by `close`; asyncio would report it
+            await self._carry(link, reader, writer)
+
+    async def _carry(self, link: "Link", reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             if self._refusing:
                 raise ConnectionResetError

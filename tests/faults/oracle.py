@@ -104,6 +104,20 @@ class Oracle:
             )
         await redis.aclose()
 
+    def tokens(self, body: dict[str, Any]) -> int:
+        """Of all choices of an answer."""
+        return sum(map(len, self._known[_key(body)].token_ids.values()))
+
+    def fault(self, reader: Reader) -> str:
+        """What is wrong with a stream of which something is: in a word, for a table."""
+        if reader.error is not None:
+            return str(reader.error["code"])
+        seen = "".join(choice.text for _, choice in sorted(reader.choices.items()))
+        known = "".join(choice.text for _, choice in sorted(self._known[_key(reader.body)].seen.items()))
+        if not reader.done:
+            return "broken"
+        return "lost" if len(seen) < len(known) else "repeated" if len(seen) > len(known) else "wrong"
+
     def answers(self) -> list[Answer]:
         """All that were learnt."""
         return [
@@ -140,9 +154,9 @@ class Oracle:
 
     def _check_one(self, reader: Reader, log: Log) -> list[Answer]:
         """Returns what differs from the answer without faults."""
-        name = f"{reader.id} ({reader.body})"
-        assert reader.done, f"{name} ended in {reader.error}"
-        assert log.terminal.error is None, f"{name}: {log.terminal}"
+        name = f"{reader.id} ({reader.body}; {', '.join(reader.trail)})"
+        assert reader.done, f"{name} ended in {reader.error}, by {log.terminal.by}"
+        assert log.terminal.error is None, f"{name} ended in {log.terminal}"
         tokens = sum(len(choice.token_ids) for choice in log.choices.values())
         assert log.terminal.usage is not None
         assert log.terminal.usage.completion_tokens == tokens, (

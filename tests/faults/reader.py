@@ -2,15 +2,19 @@
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from itertools import pairwise
 from typing import Any
 
 import httpx
+from openai import APIError, AsyncOpenAI
 
-from tests.e2e.asking import path_of
+from llmboost.streams import Cursor, position
+from tests.e2e.asking import create, path_of
 
 RETRY_S = 0.05
 """Between two tries to reach a pod."""
@@ -75,9 +79,11 @@ class Reader:
         """Times that a pod which was going sent it elsewhere."""
         self.url = ""
         """Of the pod that it reads from, or did last."""
+        self.trail: list[str] = []
+        """What became of each connection, and when (UTC)."""
         self._urls = urls
         self._turn = first
-        self._place = (-1, -1, -1)
+        self._place: tuple[float, ...] = ()
 
     @classmethod
     def of(cls, other: "Reader", urls: Callable[[], list[str]], first: int) -> "Reader":
@@ -113,8 +119,8 @@ class Reader:
                 if urls:
                     await self._connect(http, urls[self._turn % len(urls)])
                     lost_at = None
-            except httpx.TransportError:
-                pass
+            except httpx.TransportError as error:
+                self._note(type(error).__name__)
             if not self.ended:
                 self._turn += 1
                 lost_at = lost_at or time.monotonic()
@@ -122,6 +128,9 @@ class Reader:
                     raise Violation(f"{self.id or 'a request'}: no pod goes on with it")
                 await asyncio.sleep(RETRY_S)
         return self
+
+    def _note(self, what: str) -> None:
+        self.trail.append(f"{datetime.now(UTC):%H:%M:%S.%f} {what}")
 
     async def _connect(self, http: httpx.AsyncClient, url: str) -> None:
         if not self.id:
@@ -131,21 +140,25 @@ class Reader:
             self.resumed += 1
             headers = {"last-event-id": self.cursor} if self.cursor else {}
             request = http.stream("GET", f"{url}{self.path}/{self.id}?stream=true", headers=headers)
+        self._note(f"{'GET' if self.id else 'POST'} {url}")
         async with request as response:
             if response.status_code != 200:
                 await response.aread()
                 self._refused(response)
                 return
+            self._note("200")
             self.id, self.url = self.id or response.headers["x-request-id"], url
+            moved = self.moved
             async for event_id, data in events(response):
+                if self.ended or self.moved > moved:
+                    raise Violation(f"more after the end: {data}")
                 self._take(event_id, data)
-        if not self.ended:
+            self._note("end")
+        if not self.ended and self.moved == moved:
             raise Violation(f"{self.id} ended without a word")
-        if self.error is not None and self.error["code"] == "server_shutdown":
-            self.moved += 1
-            self.error = None
 
     def _refused(self, response: httpx.Response) -> None:
+        self._note(f"{response.status_code}")
         if response.status_code == 503:
             return  # Redis is away, or the pod is going: later, or elsewhere
         try:
@@ -154,17 +167,20 @@ class Reader:
             raise Violation(f"{response.status_code} {response.text!r}") from None
 
     def _take(self, event_id: str, data: str) -> None:
-        if self.ended:
-            raise Violation(f"more after the end: {data}")
         if event_id:
             self._move(event_id)
         if data == "[DONE]":
             self.done = True
             return
         chunk = json.loads(data)
-        if "error" in chunk:
+        if "error" in chunk and chunk["error"]["code"] == "server_shutdown":
+            self.moved += 1
+        elif "error" in chunk:
             self.error = chunk["error"]
-            return
+        else:
+            self._take_chunk(chunk)
+
+    def _take_chunk(self, chunk: dict[str, Any]) -> None:
         if self.id not in ("", chunk["id"]):
             raise Violation(f"{self.id} has become {chunk['id']}")
         self.id = chunk["id"]
@@ -178,13 +194,34 @@ class Reader:
             self.usage = chunk["usage"]
 
     def _move(self, event_id: str) -> None:
-        attempt, _, rest = event_id.partition("-")
-        n, _, k = rest.partition(".")
-        # `a-n.k` is a part of what `a-n` has read whole.
-        place = (int(attempt), int(n), int(k) if k else 2**31)
+        cursor = Cursor.parse(event_id)
+        if cursor is None:
+            raise Violation(f"{self.id}: {event_id!r} is no frame's id")
+        # A part of an entry's frames comes before all of them.
+        place = (*position(cursor.entry_id), math.inf if cursor.frames is None else cursor.frames)
         if place <= self._place:
             raise Violation(f"{self.id}: frame {event_id} comes after {self.cursor}")
         self.cursor, self._place = event_id, place
+
+
+class OfficialReader(Reader):
+    """The same by OpenAI's own client, which does not come back when a connection breaks."""
+
+    async def read(self, http: httpx.AsyncClient) -> Reader:
+        urls = self._urls()
+        self.url = urls[self._turn % len(urls)]
+        self.posts += 1
+        try:
+            async with AsyncOpenAI(
+                base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=None
+            ) as client:
+                async for chunk in await create(client, self.body):
+                    self._take_chunk(chunk.to_dict())
+        except APIError as error:
+            self.error = {"code": error.code, "message": error.message}
+        # It ends in silence with and without [DONE].
+        self.done = self.error is None and all(choice.finish_reason for choice in self.choices.values())
+        return self
 
 
 async def events(response: httpx.Response) -> AsyncIterator[tuple[str, str]]:

@@ -51,12 +51,20 @@ class RedisServer:
         """After `kill`: with all that its file holds, or without. `binary`: of another server."""
         if empty:
             shutil.rmtree(self._folder, ignore_errors=True)
-        self._folder.mkdir(exist_ok=True, parents=True)
         self._binary = binary or self._binary
+        self.spawn()
+        self.await_started()
+
+    def spawn(self) -> None:
+        """Starts the process."""
+        self._folder.mkdir(exist_ok=True, parents=True)
         options = {"bind": "127.0.0.1", "port": str(self.port), "dir": str(self._folder)}
         options |= {"appendonly": "yes", "appendfsync": "everysec", "save": ""}
         words = [word for name, value in options.items() for word in (f"--{name}", value)]
         self._command = self._stack.enter_context(Command([*leashed(), str(self._binary), *words]))
+
+    def await_started(self) -> None:
+        """Waits until it has read its file and answers."""
         self._command.wait_for_line("Ready to accept connections", within=STARTED_S)
 
     @property

@@ -16,8 +16,7 @@ from tests.waiting import wait_until
 
 @pytest.fixture(scope="module")
 def file_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """With room for all streams."""
-    with Fleet(tmp_path_factory.mktemp("fleet"), worker_flags=("--max-num-seqs", "80")) as fleet:
+    with Fleet(tmp_path_factory.mktemp("fleet")) as fleet:
         yield fleet
 
 

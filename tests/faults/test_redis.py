@@ -34,7 +34,7 @@ async def test_restarted_with_its_file(fleet: Fleet, oracle: Oracle, binary: Pat
     fleet.redis_server.kill()
     fleet.redis_server.start(empty=True, binary=binary)
     await fleet.ready()
-    async with Load(fleet, oracle) as load:
+    async with Load(fleet, oracle, official=True) as load:
         await load.begun(streams=16)
         queued = await load.queued()
         assert queued
@@ -63,7 +63,7 @@ async def test_restarted_empty(fleet: Fleet, oracle: Oracle) -> None:
 async def test_unreachable(fleet: Fleet, oracle: Oracle, how: str) -> None:
     """Redis can't be reached for 10 s, because it is stopped, or the network drops what is sent or refuses
     it: the same streams go on afterwards, and no request has lost a try by it."""
-    async with Load(fleet, oracle) as load:
+    async with Load(fleet, oracle, official=True) as load:
         await load.begun(streams=16)
         if how == "frozen":
             fleet.redis_server.freeze()
@@ -78,13 +78,13 @@ async def test_unreachable(fleet: Fleet, oracle: Oracle, how: str) -> None:
 
 async def test_slow(fleet: Fleet, oracle: Oracle) -> None:
     """Whatever is sent to Redis or by it takes 100 ms: streams are late, and the same."""
-    async with Load(fleet, oracle):
+    async with Load(fleet, oracle, official=True):
         fleet.network.delay(0.1)
 
 
 async def test_lost_replies(fleet: Fleet, oracle: Oracle) -> None:
     """Connections to Redis are reset in the middle of replies, to whatever command: what was written is not
     written again, and what was not, is."""
-    async with Load(fleet, oracle):
+    async with Load(fleet, oracle, official=True):
         fleet.network.lose_replies(0.02, seed=1)
     assert fleet.network.resets > 50

@@ -10,8 +10,9 @@ from random import Random
 import pytest
 
 from tests.faults.fleet import Fleet, exit_of
-from tests.faults.load import Load
+from tests.faults.load import STREAMS, Load
 from tests.faults.oracle import Oracle
+from tests.faults.requests import request
 from tests.faults.ties import judge
 
 LEASE_S = 2.0
@@ -19,9 +20,8 @@ LEASE_S = 2.0
 
 @pytest.fixture(scope="module")
 def file_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
-    """Each worker has room for all streams, for one that must wait for a slot goes on later; and no limit to
-    the workers that a request may lose."""
-    flags = ("--lease", str(LEASE_S), "--max-num-seqs", "80", "--max-tries", "100")
+    """There is no limit to the workers that a request may lose."""
+    flags = ("--lease", str(LEASE_S), "--max-tries", "100")
     with Fleet(tmp_path_factory.mktemp("fleet"), worker_flags=flags) as fleet:
         yield fleet
 
@@ -29,8 +29,7 @@ def file_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
 async def test_the_oracle(fleet: Fleet, oracle: Oracle) -> None:
     """Without faults every token is what a plain forward draws, up to a tie in thousands of them; and an
     answer with one token that it would not draw is found out, though nothing is missing from it."""
-    async with Load(fleet, oracle):
-        pass
+    await oracle.learn(fleet, [request(number) for number in range(STREAMS)])
     answers = oracle.answers()[:24]
     wrong = [replace(answer, token_ids=list(answer.token_ids)) for answer in answers[:10]]
     for number, answer in enumerate(wrong):
@@ -47,7 +46,7 @@ async def test_a_killed_worker(fleet: Fleet, oracle: Oracle) -> None:
     long as those streams paused meanwhile that had lost nothing."""
     for _ in range(2):
         await fleet.ready()
-        async with Load(fleet, oracle) as load:
+        async with Load(fleet, oracle, official=True) as load:
             await load.begun()
             name, orphans = await load.busiest()
             others = [reader for reader in load.running if reader not in orphans]
@@ -102,7 +101,7 @@ async def test_a_rolling_deploy(fleet: Fleet, oracle: Oracle) -> None:
     new = [fleet.add_worker("--max-tries", "1") for _ in old]
     for name in new:
         await asyncio.to_thread(fleet.await_worker, name)
-    async with Load(fleet, oracle) as load:
+    async with Load(fleet, oracle, official=True) as load:
         for name in old:
             await load.begun(2)
             handed = await load.held_by(name)
@@ -110,6 +109,8 @@ async def test_a_rolling_deploy(fleet: Fleet, oracle: Oracle) -> None:
             told_at = time.monotonic()
             code, seconds = await exit_of(fleet.tell_to_go(name))
             assert code == 0
+            for reader, worker in handed.items():
+                assert await load.owner(reader) != worker
             crowded = max((reader.worst_gap(told_at) for reader in others), default=0.0)
             assert seconds < 2 + crowded
         assert load.running
