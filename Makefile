@@ -11,7 +11,7 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test check format docs demo-model clean
+.PHONY: help venv serve test mutation check format docs demo-model clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
@@ -37,6 +37,9 @@ serve: venv  ## Serve the demo model on port 8011; another: make serve ARGS="MOD
 
 test: venv  ## Run the tests; some of them: make test ARGS="-k name"
 	@exec $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
+
+mutation: venv  ## Take one guarantee away at a time: do the tests notice? (minutes)
+	@exec $(BIN)/python -m tests.faults.mutation $(ARGS)
 
 check: venv  ## Lint, formatting and types
 	@$(BIN)/ruff check .

@@ -37,10 +37,18 @@ WRITE_BUFFER = 64 * 1024
 
 @pytest.fixture
 async def pod(redis_url: str, worker: ScriptedWorker) -> AsyncIterator[RunningPod]:
+    """One that has little patience."""
     settings = settings_for(
         redis_url, send_timeout=SEND_TIMEOUT_S, receive_timeout=RECEIVE_TIMEOUT_S, grace=0.5
     )
     async with serving(settings) as running:
+        yield running
+
+
+@pytest.fixture
+async def patient_pod(redis_url: str, worker: ScriptedWorker) -> AsyncIterator[RunningPod]:
+    """One that does not let go of a client while a crowded machine gets round to it."""
+    async with serving(settings_for(redis_url)) as running:
         yield running
 
 
@@ -108,15 +116,17 @@ async def test_a_client_that_reads_nothing_is_let_go_of(
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-async def test_a_client_that_reads_nothing_costs_little(pod: RunningPod, worker: ScriptedWorker) -> None:
+async def test_a_client_that_reads_nothing_costs_little(
+    patient_pod: RunningPod, worker: ScriptedWorker
+) -> None:
     """What it has not read waits in Redis: of four megabytes, the pod and the kernel have taken little."""
     worker.script = long_story
-    async with connected(pod) as client:
+    async with connected(patient_pod) as client:
         await send(client, post(chat(stream=True)))
         await wait_until(lambda: worker.finished)
-        (connection,) = connections(pod)
+        (connection,) = connections(patient_pod)
         await wait_until(lambda: connection.flow.write_paused)
-        (generation,) = pod.generations
+        (generation,) = patient_pod.generations
         (subscription,) = generation._merge._subscriptions
         await wait_until(lambda: not subscription._inbox.hungry)
         # One write and one read may overshoot.
@@ -127,14 +137,14 @@ async def test_a_client_that_reads_nothing_costs_little(pod: RunningPod, worker:
 
 
 async def test_a_client_that_reads_again_in_time_gets_everything(
-    pod: RunningPod, worker: ScriptedWorker
+    patient_pod: RunningPod, worker: ScriptedWorker
 ) -> None:
     """However often it pauses."""
     worker.script = long_story
-    async with connected(pod) as client:
+    async with connected(patient_pod) as client:
         await send(client, post(chat(stream=True), "Connection: close"))
         await wait_until(lambda: worker.finished)
-        (connection,) = connections(pod)
+        (connection,) = connections(patient_pod)
         received = bytearray()
         for _ in range(4):
             await wait_until(lambda: connection.flow.write_paused)
@@ -145,6 +155,21 @@ async def test_a_client_that_reads_again_in_time_gets_everything(
     texts = [frame.json["choices"][0]["delta"]["content"] for frame in frames[:-1]]
     assert texts == [*LONG, ""]
     assert frames[-1].data == "[DONE]"
+
+
+async def test_a_pod_that_goes_does_not_wait_for_it(
+    redis_url: str, worker: ScriptedWorker, caplog: pytest.LogCaptureFixture
+) -> None:
+    """When the drain is over: a client that reads nothing would not read last words. It can resume."""
+    worker.script = long_story
+    async with serving(settings_for(redis_url, drain_timeout=0.1)) as pod, connected(pod) as client:
+        await send(client, post(chat(stream=True)))
+        await wait_until(lambda: worker.finished)
+        (connection,) = connections(pod)
+        await wait_until(lambda: connection.flow.write_paused)
+        pod.server.should_exit = True
+        await wait_until(lambda: not connections(pod), within=30)
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def dechunked(response: bytes) -> str:
