@@ -11,7 +11,7 @@ JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test soak check format docs demo-model clean
+.PHONY: help venv serve test soak mutation check format docs demo-model clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
@@ -40,6 +40,9 @@ test: venv  ## Run the tests; some of them: make test ARGS="-k name"
 
 soak: venv  ## Random faults under load for 10 minutes; shorter: make soak ARGS="--minutes 2"
 	@exec $(BIN)/python -m tests.faults.soak $(ARGS)
+
+mutation: venv  ## Take one guarantee away at a time: do the tests notice? (minutes)
+	@exec $(BIN)/python -m tests.faults.mutation $(ARGS)
 
 check: venv  ## Lint, formatting and types
 	@$(BIN)/ruff check .

@@ -5,11 +5,11 @@ import asyncio
 import pytest
 from arq.connections import ArqRedis
 
-from llmboost.entries import Terminal
+from llmboost.entries import ChoiceDelta, Delta, Terminal
 from llmboost.queue import JobQueue
-from llmboost.streams import StreamFenced, TokenStreams, Transcript
+from llmboost.streams import StreamFenced, TokenStreams, Transcript, Writer, append_to
 from llmboost_worker.generation import Generator
-from llmboost_worker.publisher import Publisher
+from llmboost_worker.publisher import Outbox, Publisher
 from tests.engines import ScriptedEngine
 from tests.jobs import make_job
 from tests.unit.text_tokenizers import byte_level
@@ -42,3 +42,37 @@ async def test_tokens_that_a_lost_lease_discards_are_left_to_the_next_attempt(
     assert log.terminal is None
     assert log.choices == {}
     await queue.cancel(job.id, Terminal("test"))
+
+
+async def test_a_request_dropped_while_its_last_reply_is_in_doubt_harms_no_other(
+    redis: ArqRedis, queue: JobQueue, streams: TokenStreams
+) -> None:
+    """An entry is refused, because an earlier send of it arrived; while the newest entry is read, to see
+    whose it is, the request is dropped. The publisher goes on."""
+    publisher = Publisher(redis, streams)
+    jobs = [make_job(needs_audience=False) for _ in range(2)]
+    dropped, other = outboxes = [Outbox(Writer(job.id, 1), lambda ended: None) for job in jobs]
+    for job, outbox in zip(jobs, outboxes, strict=True):
+        await queue.submit(job)
+        await streams.begin(outbox.writer, "worker")
+    delta = ChoiceDelta(0, 0, [70], "a")
+    pipe = redis.pipeline(transaction=False)
+    append_to(pipe, jobs[0].id, "1-1", Delta([delta]))
+    await pipe.execute()
+    newest_id = streams.newest_id
+
+    async def dropping(job_id: str) -> str | None:
+        publisher.discard(dropped)
+        return await newest_id(job_id)
+
+    streams.newest_id = dropping
+    running = asyncio.create_task(publisher.run())
+    publisher.publish(dropped, [delta])
+    publisher.publish(other, [delta])
+    await asyncio.wait_for(other.empty.wait(), 10)
+    publisher.publish(other, [ChoiceDelta(0, 1, [71], "b")])
+    await asyncio.wait_for(other.empty.wait(), 10)
+    assert await newest_id(jobs[1].id) == "1-2"
+    running.cancel()
+    for job in jobs:
+        await queue.cancel(job.id, Terminal("test"))

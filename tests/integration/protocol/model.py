@@ -1,37 +1,26 @@
 """The protocol as a graph: states of a server, two workers, a client, a reaper and the wires between them.
 
-A move is one request that arrives, or one thing that happens to a process. Disturbances are moves too: a
-search takes up to so many of them on one way, and any number of the others. It goes through states in order of
-disturbances, so a way that it reports as broken is one with the fewest.
+A move is one request that arrives, or one thing that happens to a process. Some are disturbances.
 """
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import NamedTuple
 
 from llmboost import keys
-from llmboost.entries import Delta, Queued, Started, Terminal
-from llmboost.jobs import GenerationJob, Prompt
-from llmboost.streams import QUEUED_ID, StreamGap, Transcript, position
-from llmboost_worker.engine.interface import SequenceRequest
-from tests.engines import scripted_token
-from tests.integration.protocol.actors import VOCABULARY, Actors, Local
+from llmboost.jobs import Prompt
+from tests.integration.protocol.actors import RECLAIMER
+from tests.integration.protocol.places import Actors, Local
 from tests.integration.protocol.server import Keyspace, Server, commands, pack
 from tests.jobs import MODEL, make_job
-from tests.unit.text_tokenizers import byte_level
 
 DISTURBANCES = frozenset({"break", "lapse", "kill", "terminate", "cancel", "deadline", "expire", "empty"})
-"""break: a connection breaks while a request is on its way: its sender can't know whether it will arrive, and it
-may arrive at any later time or never. That is a lost reply, a lost request, a duplicate and a delay in one.
-lapse: a lease lapses though its worker lives (a frozen one). kill, terminate: SIGKILL and SIGTERM to a worker,
-which is replaced. cancel: by the client. deadline: the request's time is over. expire: its stream is gone.
-empty: the server is back without its data."""
-
-
-class Broken(AssertionError):
-    """A state, or a way to it, that the protocol forbids."""
+"""break: a connection breaks while a request is on its way: its sender can't know whether it will arrive, and
+it may arrive at any later time or never. That is a lost reply, a lost request, a duplicate and a delay in
+one. lapse: a lease lapses though its worker lives (a frozen one). kill, terminate: SIGKILL and SIGTERM to a
+worker, which is replaced. cancel: by the client. deadline: the request's time is over. expire: its stream is
+gone. empty: the server is back without its data."""
 
 
 class State(NamedTuple):
@@ -51,6 +40,11 @@ class Move:
     name: str
     disturbs: bool
     to: State
+
+    @property
+    def late(self) -> bool:
+        """Whether it is one that may as well never happen."""
+        return self.name.startswith("a late request")
 
 
 class Model:
@@ -80,7 +74,6 @@ class Model:
         ]
         self.actors = Actors(server.replies, self.jobs, slots)
         self.locals: dict[int, Local] = {}
-        self._checked: set[object] = set()
         workers = tuple(self._keep(self.actors.new(f"worker-{number}")) for number in (1, 2))
         calls = tuple(self._begin(number, "submit") for number in range(jobs))
         self.start = State(server.empty, workers, calls, ())
@@ -97,11 +90,7 @@ class Model:
     # Moves
 
     def moves(self, state: State, *, calm: bool) -> Iterator[Move]:
-        """All that may happen next, and where it leads; if `calm`, only what disturbs nothing.
-
-        Raises:
-            Broken: it leads where it must not.
-        """
+        """All that may happen next, and where it leads; if `calm`, only what disturbs nothing."""
         may = frozenset() if calm else self.disturbances
         keyspace = self.server.keyspaces[state.server]
         for at, number in enumerate(state.workers):
@@ -165,8 +154,8 @@ class Model:
 
     def _of_world(self, state: State, keyspace: Keyspace, may: frozenset[str]) -> Iterator[Move]:
         leased = keyspace.leased
-        # A submission outlasts no stream: its sender gives up long before a TTL has passed. (Were the server to
-        # lose its data and be sent the same job again, attempts would be counted from 1 again.)
+        # A submission outlasts no stream: its sender gives up long before a TTL has passed. (Were the server
+        # to lose its data and be sent the same job again, attempts would be counted from 1 again.)
         under_way = {request for number in state.calls for request in self.locals[number].requests}
         submitting = self._submissions & under_way.union(state.flying)
         held = {pair for number in state.workers for pair in self.locals[number].facts.holds}
@@ -197,8 +186,12 @@ class Model:
             if any(past or job not in placed for job, past in keyspace.open.items()):
                 yield self._called(state, 0, "reap", False)
         if any(leased.values()):
-            local, _ = self.actors.after(self.actors.new("0"), ("reclaim", 0, 0))
-            yield self._happens("lapsed leases are reclaimed", False, state, local.requests[0])
+            reclaimer, _ = self.actors.after(self.actors.new("0"), ("reclaim", 0, 0))
+            # Only a worker may that has been in contact for a whole lease, which is another matter.
+            contact = keys.contact(RECLAIMER)
+            for request in reclaimer.requests:
+                reclaim = pack("SET", contact, 1) + request + pack("DEL", contact)
+                yield self._happens("lapsed leases are reclaimed", False, state, reclaim)
 
     def _called(self, state: State, job: int, cue: str, disturbs: bool) -> Move:
         calls = (*state.calls, self._begin(job, cue))
@@ -252,202 +245,9 @@ class Model:
         )
         return Move(name, disturbs, to)
 
-    # What must hold
-
-    def check(self, before: State, move: Move) -> None:
-        """Raises `Broken` if a move, or the state that it leads to, is against the protocol."""
-        state = move.to
-        if state.server not in self._checked:
-            self._check_keyspace(self.server.keyspaces[state.server])
-            self._checked.add(state.server)
-        if before.server != state.server:
-            self._check_step(before.server, state.server, lossy=move.disturbs)
-        for number in state.workers:
-            if (state.server, number) not in self._checked:
-                self._check_belief(self.server.keyspaces[state.server], self.locals[number])
-                self._checked.add((state.server, number))
-
-    def _check_keyspace(self, keyspace: Keyspace) -> None:
-        leased, open_ = keyspace.leased, keyspace.open
-        queues = [key for key in keyspace.sets if ":queue:" in key]
-        for job in self.jobs:
-            places = [key for key in queues if job.id in dict(keyspace.sets[key])]
-            _demand(len(places) + (job.id in leased) <= 1, f"{job.id} is in {places} and leased")
-            log = keyspace.logs.get(job.id)
-            if log is None:
-                continue
-            self._check_log(job, log)
-            if keyspace.sealed(job.id):
-                _demand(job.id not in open_, f"{job.id} is sealed but still in the index of open streams")
-                continue
-            _demand(job.id in open_, f"{job.id} is open but the reaper's index doesn't have it")
-            _demand(keys.arq_job(job.id) in keyspace.kinds, f"{job.id} was deleted, but its stream is open")
-            newest = position(log[-1][0])[0]
-            attempt = int(keyspace.claim(job.id).get("attempt", -1))
-            _demand(attempt >= newest, f"{job.id}: the next attempt is {attempt + 1}, after {newest}")
-
-    def _check_log(self, job: GenerationJob, log: list[tuple[str, object]]) -> None:
-        ids = [position(entry_id) for entry_id, _ in log]
-        _demand(all(a < b for a, b in zip(ids, ids[1:])), f"ids don't rise: {ids}")
-        _demand(log[0][0] == QUEUED_ID and isinstance(log[0][1], Queued), f"{job.id} has no beginning")
-        expected = self.expected[job.id]
-        transcript, text = Transcript(), ""
-        attempt = 0
-        for entry_id, entry in log:
-            _demand(transcript.terminal is None, f"entry {entry_id} follows the terminal one")
-            try:
-                transcript.apply(entry_id, entry)  # type: ignore[arg-type]
-            except StreamGap as gap:
-                raise Broken(str(gap)) from gap
-            if isinstance(entry, Started):
-                attempt, first = position(entry_id)
-                _demand(first == 0, f"the fence of attempt {attempt} is its entry {first}")
-            if isinstance(entry, Delta):
-                text += "".join(choice.text for choice in entry.choices)
-                _demand(position(entry_id)[0] == attempt, f"entry {entry_id} after the fence of {attempt}")
-        got = transcript.choices[0].token_ids if transcript.choices else []
-        _demand(got == expected[: len(got)], f"tokens {got} instead of {expected}")
-        end = transcript.terminal
-        complete = end is not None and end.error is None
-        if complete:
-            _demand(got == expected, f"only {len(got)} tokens before the end")
-            assert end is not None and end.usage is not None
-            _demand(end.usage.completion_tokens == len(expected), f"{end.usage} for {len(expected)} tokens")
-        if got == expected:
-            _demand(text == byte_level().decode(expected), f"text {text!r}")
-        if end is not None and end.by.startswith("worker-"):
-            by = int(end.by.partition("/")[2])
-            _demand(by >= attempt, f"sealed by attempt {by} after the fence of {attempt}")
-
-    @cached_property
-    def expected(self) -> dict[str, list[int]]:
-        """What an unbroken run generates, by job id."""
-        return {
-            job.id: [
-                scripted_token(SequenceRequest("", job.prompt.token_ids or [], job.sampling), at, VOCABULARY)
-                for at in range(self.tokens)
-            ]
-            for job in self.jobs
-        }
-
-    def _check_step(self, before: int, after: int, *, lossy: bool) -> None:
-        if (before, after, lossy) in self._checked:
-            return
-        self._checked.add((before, after, lossy))
-        old, new = self.server.keyspaces[before].logs, self.server.keyspaces[after].logs
-        for job, log in old.items():
-            if job in new:
-                _demand(new[job][: len(log)] == log, f"{job}: what was in the log has changed")
-            else:
-                _demand(lossy, f"{job}: the log has vanished")
-
-    def _check_belief(self, keyspace: Keyspace, worker: Local) -> None:
-        for job, entry_id in worker.facts.written:
-            log = keyspace.logs.get(job)
-            there = log is None or any(entry_id == id_ for id_, _ in log)
-            _demand(there, f"{worker.kind} believes that {entry_id} is in the log of {job}")
-        _demand(not worker.facts.wrong, f"{worker.kind}: {', '.join(worker.facts.wrong)}")
-
-    def check_end(self, state: State) -> None:
-        """Raises `Broken` unless a state in which nothing can happen any more is as it should be."""
-        keyspace = self.server.keyspaces[state.server]
-        for number in state.workers:
-            _demand(not self.locals[number].busy, f"{self.locals[number].kind} waits for ever")
-        for job in self.jobs:
-            if job.id in keyspace.logs:
-                _demand(keyspace.sealed(job.id), f"{job.id} is never sealed")
-            else:
-                _demand(bool(self.disturbances & {"expire", "empty"}), f"{job.id} has no stream")
-            for key in (keys.claim(job.id), keys.arq_job(job.id)):
-                _demand(key not in keyspace.kinds, f"{key} is left behind")
-        _demand(not keyspace.open, f"left in the index of open streams: {keyspace.open}")
-        _demand(not keyspace.leased, f"left under a lease: {keyspace.leased}")
-        _demand(not keyspace.waiting, f"left in a queue: {keyspace.waiting}")
-        _demand(not keyspace.lasting, f"left without a TTL: {keyspace.lasting}")
-
-
-@dataclass
-class Explored:
-    """What a search has seen."""
-
-    states: int = 0
-    moves: int = 0
-    ends: int = 0
-
-
-def explore(model: Model, disturbances: int) -> Explored:
-    """Every order of everything with up to so many disturbances.
-
-    Raises:
-        Broken: the protocol forbids what can happen; says by which moves.
-    """
-    start = model.start
-    origin: dict[State, tuple[State, str] | None] = {start: None}
-    cost = {start: 0}
-    ahead = deque([start])
-    done: set[State] = set()
-    calm: dict[State, list[State]] = {}
-    """States by those that lead to them with nothing going wrong."""
-    ends = []
-    explored = Explored()
-
-    def way(state: State) -> str:
-        names = []
-        while (step := origin[state]) is not None:
-            state, name = step
-            names.append(name)
-        return "\n".join(f"{n:3}. {name}" for n, name in enumerate(reversed(names), start=1))
-
-    later: deque[State] = deque()
-    while ahead or later:
-        if not ahead:
-            ahead, later = later, ahead
-        state = ahead.popleft()
-        if state in done:
-            continue
-        done.add(state)
-        quiet = True
-        for move in model.moves(state, calm=cost[state] == disturbances):
-            explored.moves += 1
-            to = move.to
-            try:
-                model.check(state, move)
-            except Broken as broken:
-                raise Broken(f"{broken}\n{way(state)}\n  -> {move.name}") from None
-            if not move.disturbs:
-                quiet = quiet and move.name.startswith("a late request")
-                calm.setdefault(to, []).append(state)
-            total = cost[state] + move.disturbs
-            if total <= disturbances and total < cost.get(to, disturbances + 1):
-                cost[to] = total
-                origin[to] = state, move.name
-                (later if move.disturbs else ahead).append(to)
-        if quiet:
-            try:
-                model.check_end(state)
-            except Broken as broken:
-                raise Broken(f"at the end: {broken}\n{way(state)}") from None
-            ends.append(state)
-    explored.states, explored.ends = len(done), len(ends)
-    # From everywhere, if nothing more goes wrong, an end can be reached.
-    reached = set(ends)
-    while ends:
-        for state in calm.get(ends.pop(), ()):
-            if state not in reached:
-                reached.add(state)
-                ends.append(state)
-    for state in done - reached:
-        raise Broken(f"no end can be reached from here:\n{way(state)}")
-    return explored
-
 
 def _unclaimed(keyspace: Keyspace) -> bool:
     return all(of.get("attempt") == "0" for key, of in keyspace.hashes.items() if ":claim:" in key)
-
-
-def _demand(holds: bool, message: str) -> None:
-    if not holds:
-        raise Broken(message)
 
 
 @cache

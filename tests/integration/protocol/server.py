@@ -12,8 +12,8 @@ from typing import Any
 import hiredis
 from redis._parsers.base import BaseParser
 
-from llmboost import entries, keys, queue, streams
-from llmboost.entries import ReadEntry, decode
+from llmboost import entries, keys, leases, queue, streams
+from llmboost.entries import FIELD, ReadEntry, decode
 from llmboost.lua import Script
 
 DATABASE = 9
@@ -92,14 +92,17 @@ class Server:
         """The state that the server is in."""
         self._snapshot = pack("EVAL", _SNAPSHOT.source, 0)
         self._ask(pack("SELECT", DATABASE))
-        for module in (streams, queue):
+        for module in (streams, queue, leases):
             for script in vars(module).values():
                 if isinstance(script, Script):
                     self._ask(pack("SCRIPT", "LOAD", script.source))
         self._ask(pack("FLUSHDB"))
         self.empty = self._look(self._ask(self._snapshot)[0])
 
-    def close(self) -> None:
+    def __enter__(self) -> "Server":
+        return self
+
+    def __exit__(self, *error: object) -> None:
         self._ask(pack("FLUSHDB"))
         self._socket.close()
 
@@ -153,7 +156,7 @@ class Server:
                 lasting.append(key)
             match kind:
                 case "stream":
-                    log = decode([(id_, dict(zip(fields[::2], fields[1::2]))) for id_, fields in content])
+                    log = decode([(id_, {FIELD: fields[1]}) for id_, fields in content])
                     logs[key.partition("{")[2].removesuffix("}")] = log
                     seen: Any = repr(log)
                 case "zset":
@@ -167,7 +170,8 @@ class Server:
                     hashes[key] = dict(zip(parts[::2], parts[1::2], strict=True))
                     seen = tuple(sorted(hashes[key].items()))
                 case _:
-                    seen = content
+                    # Since when a worker has been in contact is a time like any other.
+                    seen = content if key != keys.contact(key.rpartition(":")[2]) else ""
             canonical.append((key, kind, ttl < 0, seen))
         identity = tuple(canonical)
         if identity not in self._states:

@@ -1,0 +1,313 @@
+"""Defects, made on purpose: each takes one guarantee away and leaves everything else as it works.
+
+`with mutant(name):` puts one into this process. `python -m tests.faults.mutants COMMAND…` is `llmboost
+COMMAND…` with the one that the environment names, and so is `pytest -p tests.faults.mutants`.
+Nothing of it is in the product.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
+from importlib import import_module
+from typing import Any
+from unittest.mock import patch
+
+VARIABLE = "TEST_MUTANT"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One defect."""
+
+    takes_away: str
+    """The rule of the protocol that no longer holds."""
+    patches: Callable[[], list[Any]]
+    """Imports what it changes: not every process has every package."""
+
+
+MUTANTS: dict[str, Mutant] = {}
+
+
+def _mutant(name: str, takes_away: str) -> Callable[[Callable[[], list[Any]]], None]:
+    def add(patches: Callable[[], list[Any]]) -> None:
+        MUTANTS[name] = Mutant(takes_away, patches)
+
+    return add
+
+
+@contextmanager
+def mutant(name: str) -> Iterator[None]:
+    """This process has the defect for as long as the block lasts."""
+    patches = MUTANTS[name].patches()
+    for each in patches:
+        each.start()
+    try:
+        yield
+    finally:
+        for each in reversed(patches):
+            each.stop()
+
+
+def _attribute(module: str, name: str, change: Callable[[Any], Any]) -> Any:
+    """A patch of a function, of a method (`Class.method`) or of a script."""
+    owner: Any = import_module(module)
+    *path, last = name.split(".")
+    for part in path:
+        owner = getattr(owner, part)
+    return patch.object(owner, last, change(getattr(owner, last)))
+
+
+def _script(module: str, name: str, old: str, new: str) -> Any:
+    """A patch of a script's source."""
+    from llmboost.lua import Script
+
+    def change(script: Script) -> Script:
+        assert old in script.source, f"{name} no longer has {old!r}"
+        return Script(script.source.replace(old, new))
+
+    return _attribute(module, name, change)
+
+
+# --- Writing ------------------------------------------------------------------------------------------
+
+
+@_mutant("fence off", "an older attempt cannot append once a newer one has begun (DESIGN 3.1)")
+def _fence_off() -> list[Any]:
+    """Entries keep their numbers, but under whatever attempt is the newest in the stream. An id that was
+    used is refused as before, and so is everything after the seal."""
+    from llmboost.keys import stream
+
+    append = """
+    local top = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+    local id = ARGV[1]
+    if top then
+      local attempt, n = string.match(top[1], '^(%d+)%-(%d+)')
+      local mine, m = string.match(id, '^(%d+)%-(%d+)')
+      if tonumber(attempt) > tonumber(mine) and attempt ~= '9007199254740991' then
+        id = attempt .. '-' .. (tonumber(n) + 1)
+      end
+    end
+    return redis.call('XADD', KEYS[1], 'NOMKSTREAM', id, ARGV[2], ARGV[3])
+    """
+    prefix = stream("x").partition("{")[0]
+
+    def unfenced(xadd: Any) -> Any:
+        @wraps(xadd)
+        def add(self: Any, name: str, fields: Any, id: str = "*", **options: Any) -> Any:
+            if not name.startswith(prefix):
+                return xadd(self, name, fields, id=id, **options)
+            ((key, value),) = fields.items()
+            return self.execute_command("EVAL", append, 1, name, id, key, value)
+
+        return add
+
+    return [_attribute("redis.asyncio", "Redis.xadd", unfenced)]
+
+
+@_mutant("NOMKSTREAM off", "a stream that is gone does not come back without its beginning (3.2)")
+def _nomkstream_off() -> list[Any]:
+    def making(xadd: Any) -> Any:
+        @wraps(xadd)
+        def add(self: Any, *args: Any, nomkstream: bool = False, **options: Any) -> Any:
+            return xadd(self, *args, **options)
+
+        return add
+
+    return [_attribute("redis.asyncio", "Redis.xadd", making)]
+
+
+@_mutant("seal off", "nothing follows the terminal entry (3.5)")
+def _seal_off() -> list[Any]:
+    """The terminal entry is appended under the next ordinary id."""
+    return [
+        _script(
+            "llmboost.streams",
+            "_SEAL",
+            "redis.call('XADD', KEYS[1], seal_id,",
+            "local a, n = string.match(top[1], '^(%d+)%-(%d+)')\n"
+            "  redis.call('XADD', KEYS[1], a .. '-' .. (tonumber(n) + 1),",
+        )
+    ]
+
+
+@_mutant("fence after the read", "what an attempt has read is all that anyone older will have written (3.3)")
+def _fence_after_read() -> list[Any]:
+    from llmboost.entries import Started
+    from llmboost.streams import StreamSealed, Transcript, Writer, persist
+
+    async def begin(self: Any, writer: Writer, worker: str) -> Transcript:
+        transcript = Transcript()
+        for entry_id, entry in await persist(lambda: self.read(writer.job_id)):
+            transcript.apply(entry_id, entry)
+        await persist(lambda: self._append_one(writer, writer.fence_id, Started(worker)))
+        if transcript.terminal is not None:
+            raise StreamSealed(writer.job_id)
+        return transcript
+
+    return [_attribute("llmboost.streams", "TokenStreams.begin", lambda _: begin)]
+
+
+@_mutant("refusal believed", "a refused append is not yet an answer: it may be my own (3.8)")
+def _refusal_believed() -> list[Any]:
+    from llmboost.streams import StreamFenced, is_refusal
+
+    def change(check: Any) -> Any:
+        async def check_reply(self: Any, writer: Any, entry_id: str, reply: Any) -> None:
+            if isinstance(reply, Exception) and is_refusal(reply):
+                raise StreamFenced(writer.job_id)
+            await check(self, writer, entry_id, reply)
+
+        return check_reply
+
+    return [_attribute("llmboost.streams", "TokenStreams.check_reply", change)]
+
+
+@_mutant("refusal ignored", "a worker that was refused writes nothing more (3.8)")
+def _refusal_ignored() -> list[Any]:
+    from llmboost.streams import is_refusal
+
+    def change(check: Any) -> Any:
+        async def check_reply(self: Any, writer: Any, entry_id: str, reply: Any) -> None:
+            if not (isinstance(reply, Exception) and is_refusal(reply)):
+                await check(self, writer, entry_id, reply)
+
+        return check_reply
+
+    return [_attribute("llmboost.streams", "TokenStreams.check_reply", change)]
+
+
+@_mutant("sent again under a new id", "sending an entry again cannot duplicate it (3.1)")
+def _new_id() -> list[Any]:
+    def change(take: Any) -> Any:
+        def taken(self: Any) -> Any:
+            if self.in_flight is not None:
+                self.in_flight = self.writer.next_id(), self.in_flight[1]
+            return take(self)
+
+        return taken
+
+    return [_attribute("llmboost_worker.publisher", "Outbox.take", change)]
+
+
+@_mutant("seals without looking", "an attempt that was taken over cannot seal (3.6)")
+def _seals_without_looking() -> list[Any]:
+    def change(seal: Any) -> Any:
+        async def sealed(self: Any, job_id: str, terminal: Any, writer: Any = None) -> Any:
+            return await seal(self, job_id, terminal)
+
+        return sealed
+
+    return [_attribute("llmboost.streams", "TokenStreams.seal", change)]
+
+
+# --- Reading ------------------------------------------------------------------------------------------
+
+
+@_mutant("gap unseen", "a reader that meets a gap ends with an error (3.4)")
+def _gap_unseen() -> list[Any]:
+    from msgspec.structs import force_setattr
+
+    from llmboost.entries import Delta
+
+    def change(apply: Any) -> Any:
+        def applied(self: Any, entry_id: str, entry: Any) -> None:
+            if isinstance(entry, Delta):
+                read = {index: len(choice.token_ids) for index, choice in self.choices.items()}
+                for delta in entry.choices:
+                    force_setattr(delta, "position", read.get(delta.index, 0))
+                    read[delta.index] = delta.position + len(delta.token_ids)
+            apply(self, entry_id, entry)
+
+        return applied
+
+    return [_attribute("llmboost.streams", "Transcript.apply", change)]
+
+
+# --- The queue ----------------------------------------------------------------------------------------
+
+
+@_mutant("anybody finishes", "finish, renew and release compare owner and attempt first (4)")
+def _anybody_finishes() -> list[Any]:
+    compared = "if not mine(id, owner, attempt) then return 0 end"
+    return [_script("llmboost.leases", "_FINISH", compared, "")]
+
+
+@_mutant("attempts repeat", "every dispatch has a higher attempt (3.1)")
+def _attempts_repeat() -> list[Any]:
+    return [_script("llmboost.leases", "_CLAIM", "'attempt', 1)", "'attempt', 0) + 1")]
+
+
+@_mutant("lapsed leases stay", "when a lease lapses, any live worker returns the job (4)")
+def _lapsed_leases_stay() -> list[Any]:
+    async def reclaim(*args: Any, **options: Any) -> list[str]:
+        return []
+
+    return [_attribute("llmboost.leases", "LeasedJobs.reclaim", lambda _: reclaim)]
+
+
+@_mutant("hand-over counts as a death", "a hand-over costs no try (4)")
+def _hand_over_counts() -> list[Any]:
+    return [
+        _script(
+            "llmboost.leases",
+            "_RELEASE",
+            "then put_back(ARGV[i])",
+            "then redis.call('HINCRBY', KEYS[1] .. ARGV[i], 'deaths', 1) put_back(ARGV[i])",
+        )
+    ]
+
+
+@_mutant("reaper off", "every accepted request ends in a terminal entry, whatever dies (3.7)")
+def _reaper_off() -> list[Any]:
+    async def reap(*args: Any, **options: Any) -> int:
+        return 0
+
+    return [_attribute("llmboost.queue", "JobQueue.reap", lambda _: reap)]
+
+
+@_mutant("audience never lapses", "a stream that nobody reads is sealed (5)")
+def _audience_never_lapses() -> list[Any]:
+    async def audience(self: Any, job_ids: Any) -> list[float]:
+        return [60.0] * len(job_ids)
+
+    return [_attribute("llmboost.streams", "TokenStreams.audience", lambda _: audience)]
+
+
+# --- The engine ---------------------------------------------------------------------------------------
+
+
+@_mutant("running random state", "a token is drawn from (seed, position), not from a generator's state (3.9)")
+def _running_state() -> list[Any]:
+    """Random numbers go by how many tokens this process has drawn for the sequence."""
+
+    def change(key: Any) -> Any:
+        drawn: dict[int, int] = {}
+
+        def running(state: int, position: int) -> int:
+            drawn[state] = drawn.get(state, -1) + 1
+            return int(key(state, drawn[state]))
+
+        return running
+
+    return [_attribute("llmboost_worker.engine.transformers.randomness", "key", change)]
+
+
+def pytest_configure() -> None:
+    """As a plugin of pytest: the defect for the whole run, if the environment names one."""
+    if name := os.environ.get(VARIABLE):
+        for each in MUTANTS[name].patches():
+            each.start()
+
+
+def main() -> None:
+    """The command line of llmboost, with the defect that the environment names."""
+    from llmboost.cli import main as llmboost
+
+    with mutant(os.environ[VARIABLE]):
+        llmboost()
+
+
+if __name__ == "__main__":
+    main()
