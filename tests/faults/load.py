@@ -77,6 +77,14 @@ class Load:
 
     # Waiting
 
+    async def accepted(self) -> None:
+        """Every request is, and runs or waits or has ended."""
+
+        async def all_accepted() -> bool:
+            return await self._redis.zcard(keys.OPEN) >= len(self.running)
+
+        await wait_until(all_accepted, within=BEGUN_S, every=0.05)
+
     async def begun(self, chunks: int = 5, *, streams: int = 0) -> None:
         """Every stream, or only so many, has so many more chunks than now, or has ended."""
         goals = [(reader, reader.begun + chunks) for reader in self.readers]

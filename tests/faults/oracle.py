@@ -64,7 +64,8 @@ async def log_of(streams: TokenStreams, job_id: str) -> Log:
             for delta in entry.choices:
                 texts.setdefault(delta.index, []).append(delta.text)
     terminals = [entry for _, entry in entries if isinstance(entry, Terminal)]
-    assert [entry for _, entry in entries[-1:]] == terminals, f"{job_id} does not end in one terminal entry"
+    assert len(terminals) == 1, f"{job_id} has {len(terminals)} terminal entries"
+    assert entries[-1][1] is terminals[0], f"{job_id} goes on after its terminal entry"
     return Log(
         {
             index: Logged("".join(texts[index]), choice.token_ids, choice.finish_reason)
@@ -130,6 +131,7 @@ class Oracle:
         """Every stream has ended well, has been read whole, and is what it is without faults."""
         doubtful: list[Answer] = []
         for reader in readers:
+            assert reader.id, f"never begun, but ended in {reader.error}: {reader.body}, {reader.trail}"
             doubtful += self._check_one(reader, await log_of(streams, reader.id))
         known = [self._known[_key(answer.body)].answer(answer) for answer in doubtful]
         verdicts = await judge(doubtful + known)

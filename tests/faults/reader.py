@@ -205,16 +205,15 @@ class Reader:
 
 
 class OfficialReader(Reader):
-    """The same by OpenAI's own client, which does not come back when a connection breaks."""
+    """The same by OpenAI's own client. It sends a request that fails again, but a stream that has begun and
+    breaks off is lost to it."""
 
     async def read(self, http: httpx.AsyncClient) -> Reader:
         urls = self._urls()
         self.url = urls[self._turn % len(urls)]
         self.posts += 1
         try:
-            async with AsyncOpenAI(
-                base_url=f"{self.url}/v1", api_key="-", max_retries=0, timeout=None
-            ) as client:
+            async with AsyncOpenAI(base_url=f"{self.url}/v1", api_key="-", timeout=None) as client:
                 async for chunk in await create(client, self.body):
                     self._take_chunk(chunk.to_dict())
         except APIError as error:

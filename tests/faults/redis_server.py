@@ -68,6 +68,10 @@ class RedisServer:
         self._command.wait_for_line("Ready to accept connections", within=STARTED_S)
 
     @property
+    def pid(self) -> int:
+        return self._command.process.pid
+
+    @property
     def running(self) -> bool:
         return self._command.process.poll() is None
 
