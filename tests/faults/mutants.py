@@ -295,8 +295,13 @@ def _running_state() -> list[Any]:
 
 
 def pytest_configure() -> None:
-    """As a plugin of pytest: the defect for the whole run, if the environment names one."""
+    """As a plugin of pytest: the defect for the whole run, if the environment names one. That it is noticed
+    is all one wants to know, not the smallest example."""
+    from hypothesis import Phase, settings
+
     if name := os.environ.get(VARIABLE):
+        settings.register_profile("mutant", phases=[Phase.explicit, Phase.generate])
+        settings.load_profile("mutant")
         for each in MUTANTS[name].patches():
             each.start()
 
