@@ -2,8 +2,7 @@
 
     python -m tests.integration.protocol [--disturbances 2] [--tokens 1] [--jobs 1] [--of lapse,break]
 
-Two disturbances, `lapse` among them, make half a million states and take a minute of CPU; three of all kinds
-are more than a machine can hold.
+Two disturbances, `lapse` among them, make half a million states and take a minute of CPU.
 """
 
 import argparse
