@@ -164,7 +164,6 @@ class Worker(Actor):
             functions=[func(self._generate, name=FUNCTION)],
             handle_signals=False,
         )
-        self.generator.on_first_token = self.arq.first_token
         self.arq.on_lost = lambda job_id: self.generator.end(job_id, StreamFenced("the lease was lost"))
         self.background = self.loop.create_task(self.publisher.run())
         self.under_way: dict[str, asyncio.Task[None]] = {}
