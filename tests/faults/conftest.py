@@ -23,4 +23,5 @@ async def fleet(file_fleet: Fleet) -> AsyncIterator[Fleet]:
     await file_fleet.ready()
     yield file_fleet
     file_fleet.mend()
-    await leaks.check(file_fleet)
+    async with file_fleet.redis() as redis:
+        await leaks.check(redis)

@@ -8,7 +8,6 @@ from redis.asyncio import Redis
 from llmboost import keys
 from llmboost.registry import Registry
 from llmboost.streams import SEAL_ID
-from tests.faults.fleet import Fleet
 from tests.waiting import wait_until
 
 CLEAN_S = 60.0
@@ -29,9 +28,8 @@ FOREVER = -1
 """PTTL of a key without one."""
 
 
-async def check(fleet: Fleet) -> None:
+async def check(redis: Redis) -> None:
     """Waits until nothing is left; fails with all that is."""
-    redis = fleet.redis()
     left: list[str] = []
 
     async def clean() -> bool:
@@ -42,8 +40,6 @@ async def check(fleet: Fleet) -> None:
         await wait_until(clean, within=CLEAN_S, every=0.05)
     except AssertionError:
         raise AssertionError(f"left behind after {CLEAN_S:g} s: {left}") from None
-    finally:
-        await redis.aclose()
 
 
 async def leaks(redis: Redis) -> list[str]:

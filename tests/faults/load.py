@@ -81,7 +81,7 @@ class Load:
         """Every request is, and runs or waits or has ended."""
 
         async def all_accepted() -> bool:
-            return await self._redis.zcard(keys.OPEN) >= len(self.running)
+            return await persist(lambda: self._redis.zcard(keys.OPEN)) >= len(self.running)
 
         await wait_until(all_accepted, within=BEGUN_S, every=0.05)
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from llmboost.entries import Delta, Terminal
-from llmboost.streams import TokenStreams, Transcript, persist
+from llmboost.streams import StreamGap, TokenStreams, Transcript, persist
 from tests.faults.fleet import Fleet
 from tests.faults.reader import ChoiceSeen, Reader
 from tests.faults.ties import Answer, judge
@@ -52,14 +52,16 @@ class Known:
 
 async def log_of(streams: TokenStreams, job_id: str) -> Log:
     """Raises:
-    StreamGap: there is one.
-    AssertionError: not one terminal entry, or not the last.
+    AssertionError: it has a gap or a repetition, or not one terminal entry at its end.
     """
     entries = await persist(lambda: streams.read(job_id))
     whole = Transcript()
     texts: dict[int, list[str]] = {}
     for entry_id, entry in entries:
-        whole.apply(entry_id, entry)
+        try:
+            whole.apply(entry_id, entry)
+        except StreamGap as gap:
+            raise AssertionError(f"{job_id}: {gap}") from None
         if isinstance(entry, Delta):
             for delta in entry.choices:
                 texts.setdefault(delta.index, []).append(delta.text)

@@ -237,7 +237,8 @@ async def soak(minutes: float, streams: int, seed: int, folder: Path) -> bool:
         await fleet.ready()
         left = ""
         try:
-            await leaks.check(fleet)
+            async with fleet.redis() as redis:
+                await leaks.check(redis)
         except AssertionError as leak:
             left = str(leak)
     print(table(clients, faults, seconds, streams, seed))

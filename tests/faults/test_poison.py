@@ -20,7 +20,8 @@ from llmboost.registry import Registry
 from llmboost.streams import TokenStreams
 from tests.commands import Command
 from tests.e2e.asking import Heard, attempts, chat, hear, hear_all, token_ids
-from tests.e2e.system import LOADING_S, MODEL, ONE_THREAD, RUNNING
+from tests.e2e.system import LOADING_S, ONE_THREAD, RUNNING
+from tests.faults import leaks
 from tests.waiting import wait_until
 
 POISONABLE = Path(__file__).parent / "poisonable"
@@ -93,9 +94,7 @@ async def test_a_poisonous_request_is_given_up_and_all_others_are_whole(
 
         await wait_until(lambda: _idle(redis), within=2 * LOADING_S)
         assert (await hear(client, requests[0])).text == expected[0].text
-    assert not await redis.zcard(keys.leases(MODEL))
-    assert not await redis.exists(keys.OPEN)
-    assert [key async for key in redis.scan_iter("*") if await redis.pttl(key) == -1] == []
+    await leaks.check(redis)
 
 
 async def ids_of_streams(redis: ArqRedis) -> set[str]:
