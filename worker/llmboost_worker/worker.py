@@ -123,6 +123,8 @@ class WorkerProcess:
             loop.create_task(self._heartbeat(info)),
             loop.create_task(reap_forever(self.queue, self.id)),
         ]
+        for task in self._tasks:
+            task.add_done_callback(self._on_task_end)
         logger.info(
             "serving %s with %s on %s in %s: %d sequences, context %d",
             ", ".join(self.names),
@@ -173,9 +175,18 @@ class WorkerProcess:
         self._generator.deliver(step)
 
     def _engine_failed(self, error: BaseException) -> None:
-        # Other workers take the jobs over when their leases lapse. One of them may be what killed the
-        # engine: `llmboost.leases` finds out which.
         logger.critical("the engine has ended: %r", error)
+        self._fail()
+
+    def _on_task_end(self, task: "asyncio.Task[None]") -> None:
+        """Without any of its tasks a worker would hold its jobs and do nothing for them."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.critical("the worker has failed", exc_info=error)
+            self._fail()
+
+    def _fail(self) -> None:
+        # Other workers take the jobs over when their leases lapse. One of them may be what killed this one:
+        # `llmboost.leases` finds out which.
         os._exit(os.EX_SOFTWARE)
 
     # Heartbeat

@@ -32,9 +32,6 @@ async def health() -> dict[str, str]:
 async def ready(request: Request) -> JSONResponse:
     """200 if Redis can be reached and a worker is alive, else 503 with the reason."""
     pod = pod_of(request)
-    if pod.tailer.closed:
-        reason = "Streams can't be read any more: restart this process."
-        return JSONResponse({"status": "unavailable", "reason": reason}, 503)
     try:
         async with asyncio.timeout(READY_TIMEOUT_S):
             report = await _report(pod)
