@@ -219,9 +219,10 @@ class Faults:
 async def soak(minutes: float, streams: int, seed: int, folder: Path) -> bool:
     """Whether all was well; prints what happened."""
     # The settings are the default ones, but for three: streams needn't be kept for long after they have been
-    # looked at; a pod that goes does not wait for all of its streams; and workers, pods and 200 clients share
-    # few cores here, so that a client that comes back at once may have to wait for its pod.
-    flags = ("--retention", "60")
+    # looked at; a pod that goes does not wait for all of its streams; and where workers, pods and 200 clients
+    # share two cores, a pod takes seconds to start. With the default grace, two pods killed within four
+    # seconds left nobody to read some streams in time, which were then ended as they should be.
+    flags = ("--retention", "60", "--grace", "15")
     oracle = Oracle()
     with Fleet(folder, workers=3, worker_flags=flags, pod_flags=(*flags, "--drain-timeout", "5")) as fleet:
         await fleet.ready()
