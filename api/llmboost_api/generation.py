@@ -194,6 +194,7 @@ class Generations:
     def end_all(self) -> None:
         """The time to drain is over: what still runs, or is about to, ends in an error. Its jobs go on."""
         self._drained = True
+        self.tailer.hold_promises()
         for generation in self.running:
             generation.end(_shutdown_error(generation, self._settings.grace))
         left = [job_id for each in self.running for job_id in job_ids(each.id, each.form.jobs)]

@@ -203,6 +203,13 @@ return missing
 """
 )
 
+_SHORTEN_AUDIENCE = Script(
+    NOW
+    + """
+for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', 'LT', now + ARGV[1], ARGV[i]) end
+"""
+)
+
 _AUDIENCE = Script(
     NOW
     + """
@@ -381,6 +388,12 @@ class TokenStreams:
             [int(seconds * 1000), *job_ids],
         )
         return [cast(bytes, job_id).decode() for job_id in missing]
+
+    async def shorten_audience(self, job_ids: Sequence[str], seconds: float) -> None:
+        """Takes back what was promised beyond so many seconds: a reader has left. Another one's next renewal
+        makes up for it."""
+        if job_ids:
+            await _SHORTEN_AUDIENCE(self.redis, [keys.AUDIENCE], [int(seconds * 1000), *job_ids])
 
     async def audience(self, job_ids: Sequence[str]) -> list[float]:
         """Per id, the seconds for which a reader is still promised; negative if the promise has lapsed."""

@@ -142,7 +142,7 @@ class Tailer:
     """One per process; `async with Tailer(...) as tailer:` runs it, whether or not Redis is there yet."""
 
     def __init__(self, streams: TokenStreams, *, redis_url: str, grace: float) -> None:
-        """`grace`: seconds for which each tailed stream is promised an audience, renewed well inside it.
+        """`grace`: seconds for which a stream has an audience once nobody here reads it any more.
 
         Raises:
             ValueError: the URL is not a Redis URL.
@@ -150,8 +150,10 @@ class Tailer:
         self.streams = streams
         self._redis = connect(redis_url, client_name="llmboost-tailer")
         self._renew_every = grace / 5
-        # The last promise of a reader that leaves lapses within the grace, the way there included.
-        self._promise = grace * 0.9
+        # If this process dies, its last promises last for at least the grace. A reader that leaves shortens
+        # its own, to lapse within the grace, the way there included.
+        self._promise = grace + self._renew_every
+        self._farewell = grace * 0.9
         self._subscriptions: dict[bytes, list[Subscription]] = {}
         self._cursors: dict[bytes, bytes] = {}
         """What to read: key of a stream to the least cursor of its hungry subscriptions."""
@@ -159,9 +161,13 @@ class Tailer:
         self._running = False
         self._joined = asyncio.Event()
         """Something is to be read."""
-        self._entered = asyncio.Event()
+        self._changed = asyncio.Event()
+        """A stream has got its first reader, or lost its last."""
         self._unpromised: set[bytes] = set()
         """Streams with a subscription that was entered since the last renewal."""
+        self._left: dict[bytes, str] = {}
+        """Streams whose last subscription has been left since, with their ids."""
+        self._holds = False
         # Wakes are numbered. An XREAD waits for numbers above the last one given before it was sent, so
         # one that arrives late wakes nobody, and no reply needs to be remembered.
         self._wake_key = keys.tailer_wake(secrets.token_hex(8)).encode()
@@ -191,6 +197,10 @@ class Tailer:
         """A reader of the stream. While it is entered, the stream has an audience."""
         return Subscription(self, job_id)
 
+    def hold_promises(self) -> None:
+        """From now on who leaves is sent away, and has what was promised to come back elsewhere."""
+        self._holds = True
+
     def _fail_all(self, why: str, cause: Exception | None = None) -> None:
         for subscription in [each for group in self._subscriptions.values() for each in group]:
             error = TailerClosed(f"{subscription.job_id}: {why}")
@@ -216,13 +226,16 @@ class Tailer:
             raise TailerClosed(f"{subscription.job_id}: the tailer does not run")
         self._subscriptions.setdefault(subscription.key, []).append(subscription)
         self._unpromised.add(subscription.key)
-        self._entered.set()
+        self._changed.set()
 
     def _leave(self, subscription: Subscription) -> None:
         group = self._subscriptions[subscription.key]
         group.remove(subscription)
         if not group:
             del self._subscriptions[subscription.key]
+            if not self._holds:
+                self._left[subscription.key] = subscription.job_id
+                self._changed.set()
         self._refresh(subscription.key)
 
     def _refresh(self, key: bytes) -> None:
@@ -296,17 +309,18 @@ class Tailer:
             await persist(send)
 
     async def _keep_audience(self) -> None:
-        """Promises an audience to every stream with a reader: at once when one enters, then periodically."""
+        """Promises an audience to every stream with a reader: at once when one enters, then periodically; and
+        takes a part of it back when the last one leaves."""
         loop = asyncio.get_running_loop()
         due = loop.time() + self._renew_every
         while True:
             try:
                 async with asyncio.timeout_at(due):
-                    await self._entered.wait()
+                    await self._changed.wait()
             except TimeoutError:
                 due = loop.time() + self._renew_every
                 self._unpromised.update(self._subscriptions)
-            self._entered.clear()
+            self._changed.clear()
             await persist(self._renew)
 
     async def _renew(self) -> None:
@@ -319,6 +333,9 @@ class Tailer:
         }
         missing = await self.streams.renew_audience(list(job_ids), self._promise)
         self._unpromised.difference_update(groups)
+        left = {key: job_id for key, job_id in self._left.items() if key not in self._subscriptions}
+        await self.streams.shorten_audience(list(left.values()), self._farewell)
+        self._left.clear()
         for job_id in missing:
             for subscription in self._subscriptions.get(job_ids[job_id], ()):
                 subscription._fail(StreamGone(f"{job_id}: the stream is gone"))

@@ -19,7 +19,6 @@ from llmboost.embedded import free_port
 from llmboost.jobs import SamplingParams, now
 from llmboost.settings import ApiSettings
 from llmboost.streams import TokenStreams
-from llmboost.tailer import TailerClosed
 from llmboost_api import generation, sse
 from llmboost_api.app import create_app
 
@@ -75,16 +74,6 @@ async def test_ready_says_who_serves(redis: ArqRedis, streams: TokenStreams, red
             assert response.json()["queues"] == {ROOT: {"interactive": 0, "batch": 0}}
         assert (await pod.http.get("/health")).json() == {"status": "ok"}
         assert (await pod.http.get("/")).json()["base_url"] == "/v1"
-
-
-async def test_a_pod_that_cannot_read_streams_is_not_ready(pod: RunningPod, worker: ScriptedWorker) -> None:
-    """A tailer that died of a defect must not leave a pod that takes requests and answers none."""
-    assert (await pod.http.get("/ready")).status_code == 200
-    tailer = pod.server.config.app.state.pod.tailer  # type: ignore[union-attr]
-    tailer._close(TailerClosed("by a defect"))
-    response = await pod.http.get("/ready")
-    assert response.status_code == 503
-    assert "restart" in response.json()["reason"]
 
 
 async def test_openapi_is_valid(pod: RunningPod) -> None:
