@@ -18,6 +18,8 @@ from tests.e2e.asking import create, path_of
 
 RETRY_S = 0.05
 """Between two tries to reach a pod."""
+RETRIES = 10
+"""Of OpenAI's client, until a request is accepted: few are too few where Redis is slow and cores are rare."""
 PATIENCE_S = 60.0
 """For which a pod is looked for that goes on with the stream."""
 
@@ -215,7 +217,10 @@ class OfficialReader(Reader):
         try:
             # Without certificates, which take long to load and which nobody here has.
             plain = DefaultAsyncHttpxClient(verify=False, timeout=None)
-            async with AsyncOpenAI(base_url=f"{self.url}/v1", api_key="-", http_client=plain) as client:
+            patient = AsyncOpenAI(
+                base_url=f"{self.url}/v1", api_key="-", http_client=plain, max_retries=RETRIES
+            )
+            async with patient as client:
                 async for chunk in await create(client, self.body):
                     self._take_chunk(chunk.to_dict())
         except APIError as error:
