@@ -333,9 +333,11 @@ class Tailer:
         }
         missing = await self.streams.renew_audience(list(job_ids), self._promise)
         self._unpromised.difference_update(groups)
-        left = {key: job_id for key, job_id in self._left.items() if key not in self._subscriptions}
-        await self.streams.shorten_audience(list(left.values()), self._farewell)
-        self._left.clear()
+        left = self._left.copy()
+        alone = [job_id for key, job_id in left.items() if key not in self._subscriptions]
+        await self.streams.shorten_audience(alone, self._farewell)
+        for key in left:  # and not those who have left meanwhile
+            del self._left[key]
         for job_id in missing:
             for subscription in self._subscriptions.get(job_ids[job_id], ()):
                 subscription._fail(StreamGone(f"{job_id}: the stream is gone"))

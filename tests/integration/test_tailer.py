@@ -356,6 +356,33 @@ async def test_a_promise_outlasts_who_gave_it_by_the_grace(
     assert await promised() > grace
 
 
+async def test_a_reader_that_leaves_while_another_is_being_let_go_is_let_go_too(
+    streams: TokenStreams, open_log: OpenLog, redis_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever leaves while the promise of another is being shortened has it shortened as well."""
+    grace = 60.0
+    first, second = await open_log(), await open_log()
+    shorten, asked, go_on = streams.shorten_audience, asyncio.Event(), asyncio.Event()
+
+    async def slowly(job_ids: list[str], seconds: float) -> None:
+        if job_ids:
+            asked.set()
+            await go_on.wait()
+        await shorten(job_ids, seconds)
+
+    async def promised(above: bool) -> bool:
+        return all((each > grace) is above for each in await streams.audience([first.id, second.id]))
+
+    monkeypatch.setattr(streams, "shorten_audience", slowly)
+    async with Tailer(streams, redis_url=redis_url, grace=grace) as here:
+        async with here.tail(second.id):
+            async with here.tail(first.id):
+                await wait_until(lambda: promised(True))
+            await asked.wait()
+        go_on.set()
+        await wait_until(lambda: promised(False))
+
+
 async def test_a_reader_has_an_audience_from_the_start(
     streams: TokenStreams, queue: JobQueue, redis_url: str
 ) -> None:
