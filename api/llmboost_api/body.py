@@ -18,13 +18,31 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 async def read(request: Request, model: type[M], limit: int) -> M:
-    """The request's body as `model`. Its content type is not looked at: what parses is JSON.
+    """The request's body as `model`.
 
     Raises:
         ApiError: too large (413), not JSON, or not what the model takes (400).
         ClientDisconnect: the client left before it had sent everything.
     """
-    data = parse(await _read_bytes(request, limit))
+    return check(await receive(request, limit), model)
+
+
+async def receive(request: Request, limit: int) -> dict[str, Any]:
+    """The request's body as a JSON object. Its content type is not looked at: what parses is JSON.
+
+    Raises:
+        ApiError: too large (413), or not JSON (400).
+        ClientDisconnect: the client left before it had sent everything.
+    """
+    return parse(await _read_bytes(request, limit))
+
+
+def check(data: dict[str, Any], model: type[M]) -> M:
+    """A JSON object as `model`.
+
+    Raises:
+        ApiError: it is not what the model takes (400).
+    """
     try:
         return model.model_validate(data)
     except ValidationError as invalid:

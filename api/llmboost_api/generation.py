@@ -11,7 +11,7 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from llmboost.entries import ReadEntry, StreamError, Terminal
+from llmboost.entries import NO_FOLLOW_UP, FollowUp, Once, ReadEntry, StreamError, Terminal
 from llmboost.jobs import GenerationJob, now
 from llmboost.queue import DEADLINE_ERROR, JobQueue, QueueFull
 from llmboost.settings import ApiSettings
@@ -54,7 +54,7 @@ class Generation:
     """
 
     def __init__(self, parent: "Generations", completion_id: str, form: Form, *, again: bool) -> None:
-        """`again`: for another request than the one that the completion answers."""
+        """`again`: for a request that may be sent again, and then has the same completion."""
         self.id = completion_id
         self.form = form
         self.again = again
@@ -181,7 +181,7 @@ class Generations:
     def follow(self, completion_id: str, form: Form, *, again: bool = False) -> Generation:
         """A reader of a completion's jobs, which were submitted; while it is entered, they have an audience.
 
-        `again`: for another request than the one that submitted them.
+        `again`: for a request that may be sent again, and then has the same completion.
         """
         return Generation(self, completion_id, form, again=again)
 
@@ -207,19 +207,34 @@ class Generations:
         except (RedisError, OSError) as error:
             logger.warning("no audience was promised: %s", type(error).__name__)
 
-    async def submit(self, jobs: Sequence[GenerationJob], form: Form) -> None:
+    async def submit(
+        self,
+        jobs: Sequence[GenerationJob],
+        form: Form,
+        follow_up: FollowUp = NO_FOLLOW_UP,
+        once: Once | None = None,
+    ) -> None:
         """Enqueues all of the jobs, with how to write down their answer, or withdraws those that it had.
 
         Raises:
+            SubmittedBefore: by the name `once`, which goes with the first job.
             ApiError: the queue is full (429), or can't be reached (503).
         """
-        encoded = form.encode()
         for number, job in enumerate(jobs, start=1):
+            enqueue = partial(
+                self.queue.submit,
+                job,
+                audience=self._settings.grace,
+                max_queued=self._settings.max_queued,
+                form=form.encode(),
+                follow_up=follow_up,
+                once=once if number == 1 else None,
+            )
             try:
                 async with asyncio.timeout(SUBMIT_PATIENCE_S), self._slots:
-                    await persist(partial(self._submit, job, encoded))
+                    await persist(enqueue)
             except QueueFull as full:
-                self._withdraw(jobs[: number - 1])
+                self._withdraw(jobs[: number - 1], once)
                 raise ApiError(
                     429,
                     f"{full}. Try again in a few seconds, or have the operator add workers or raise "
@@ -230,23 +245,20 @@ class Generations:
                 ) from None
             except (TimeoutError, RedisError, OSError) as error:
                 # The job may be in the queue all the same, and a client may send the request again.
-                self._withdraw(jobs[:number])
+                self._withdraw(jobs[:number], once)
                 raise no_redis(error) from error
 
-    async def _submit(self, job: GenerationJob, form: bytes) -> None:
-        await self.queue.submit(
-            job, audience=self._settings.grace, max_queued=self._settings.max_queued, form=form
-        )
-
-    def _withdraw(self, jobs: Sequence[GenerationJob]) -> None:
+    def _withdraw(self, jobs: Sequence[GenerationJob], once: Once | None) -> None:
         if jobs:
-            self._in_background(self._cancel(jobs))
+            self._in_background(self._cancel(jobs, once))
 
-    async def _cancel(self, jobs: Sequence[GenerationJob]) -> None:
+    async def _cancel(self, jobs: Sequence[GenerationJob], once: Once | None) -> None:
         """As well as can be: where it fails, the audience lapses and the worker seals."""
         terminal = Terminal(self._pod_id, error=NOT_ACCEPTED)
         try:
             async with asyncio.timeout(WITHDRAW_TIMEOUT_S):
+                if once is not None:
+                    await persist(partial(self.queue.forget, once))
                 for job in jobs:
                     await persist(partial(self.queue.cancel, job.id, terminal))
         except (TimeoutError, RedisError, OSError) as error:

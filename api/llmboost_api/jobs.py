@@ -2,9 +2,8 @@
 
 from collections.abc import Sequence
 
-from llmboost.jobs import GenerationJob, Prompt, SamplingParams, now
+from llmboost.jobs import GenerationJob, JobClass, Prompt, SamplingParams
 from llmboost.registry import ModelCard
-from llmboost.settings import ApiSettings
 
 
 def make_jobs(
@@ -12,13 +11,15 @@ def make_jobs(
     card: ModelCard,
     prompts: Sequence[Prompt],
     sampling: SamplingParams,
-    settings: ApiSettings,
     *,
     owner: str,
+    created: float,
+    deadline: float,
     echo: bool = False,
+    job_class: JobClass = "interactive",
+    needs_audience: bool = True,
 ) -> list[GenerationJob]:
     """One job per prompt."""
-    created = now()
     return [
         GenerationJob(
             id=job_id,
@@ -28,7 +29,9 @@ def make_jobs(
             echo=echo,
             owner=owner,
             created=created,
-            deadline=created + settings.request_timeout,
+            deadline=deadline,
+            job_class=job_class,
+            needs_audience=needs_audience,
         )
         for job_id, prompt in zip(job_ids(completion_id, len(prompts)), prompts, strict=True)
     ]

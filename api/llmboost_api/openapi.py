@@ -37,6 +37,13 @@ def body_of(model: type[RequestModel]) -> dict[str, Any]:
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
 
 
+ERRORS: dict[int | str, dict[str, Any]] = {
+    "4XX": {
+        "description": "What was wrong, and what to do.",
+        "content": {"application/json": {"schema": ERROR_SCHEMA}},
+    },
+}
+
 ANSWERS: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The answer, or a stream of chunks if `stream` is true.",
@@ -45,10 +52,7 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
             "text/event-stream": {"schema": {"type": "string"}},
         },
     },
-    "4XX": {
-        "description": "What was wrong, and what to do.",
-        "content": {"application/json": {"schema": ERROR_SCHEMA}},
-    },
+    **ERRORS,
 }
 
 ANSWERS_AGAIN: dict[int | str, dict[str, Any]] = {

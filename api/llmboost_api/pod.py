@@ -18,6 +18,7 @@ from llmboost.streams import TokenStreams
 from llmboost.tailer import Tailer
 from llmboost_api.directory import ModelDirectory
 from llmboost_api.generation import Generations, discard
+from llmboost_api.stored import StoredAnswers
 
 
 class Pod:
@@ -41,6 +42,7 @@ class Pod:
         self.registry = Registry(self.redis)
         self.models = ModelDirectory(self.registry)
         self.tailer = Tailer(self.streams, redis_url=settings.redis_url, grace=settings.grace)
+        self.stored = StoredAnswers(self.redis, settings.response_ttl)
         self.generations = Generations(self.queue, self.tailer, settings, self.id)
         self._stack = AsyncExitStack()
 

@@ -9,14 +9,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from llmboost.entries import Delta, Terminal, Usage
 from llmboost.settings import ApiSettings
 from llmboost_api import errors
+from llmboost_api.answer import Answer
 from llmboost_api.errors import ApiError
 from llmboost_api.generation import Generation, discard
-from llmboost_api.protocol.shape import Choice
 from llmboost_api.resume import ResumePoint
-from llmboost_api.sse import RETRY, Framer, add_usage, event_source
+from llmboost_api.sse import RETRY, Framer, event_source
 
 logger = logging.getLogger(__name__)
 
@@ -56,23 +55,10 @@ class Reply(Response):
     # Whole
 
     async def _whole(self) -> bytes:
-        form = self._generation.form
-        n = form.n
-        choices = [Choice() for _ in range(n * form.jobs)]
-        usage = Usage(0, 0)
+        answer = Answer(self._generation.form, self._generation.id)
         async for job, entries in self._generation:
-            for _, entry in entries:
-                if isinstance(entry, Delta):
-                    for delta in entry.choices:
-                        choice = choices[job * n + delta.index]
-                        choice.texts.append(delta.text)
-                        choice.logprobs += delta.logprobs or ()
-                        choice.finish_reason = delta.finish_reason or choice.finish_reason
-                elif isinstance(entry, Terminal):
-                    if entry.error is not None:
-                        raise errors.from_stream(entry.error)
-                    usage = add_usage(usage, entry.usage)
-        return form.shape(self._generation.id).whole(choices, usage)
+            answer.take(job, entries)
+        return answer.encode()
 
     # Streamed
 

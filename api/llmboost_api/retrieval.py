@@ -25,7 +25,7 @@ async def retrieve(
             is not kept any more (410), or Redis can't be asked (503).
     """
     pod = pod_of(request)
-    form = await _find(pod, endpoint, completion_id, asker, reading.after)
+    form = await find(pod, endpoint, completion_id, asker, reading.after)
     rename_request(request, completion_id)
     if reading.after is not None and reading.after.cursor == Cursor(SEAL_ID):
         return Response(status_code=204)  # It has had everything; this is what ends an EventSource.
@@ -33,15 +33,22 @@ async def retrieve(
     return Reply(generation, pod.settings, stream=reading.stream, after=reading.after)
 
 
-async def _find(
-    pod: Pod, endpoint: Endpoint, completion_id: str, asker: str, after: ResumePoint | None
+async def find(
+    pod: Pod, endpoint: Endpoint, completion_id: str, asker: str, after: ResumePoint | None = None
 ) -> Form:
+    """How one of the endpoint's completions is written down.
+
+    Raises:
+        ApiError: as `retrieve`.
+    """
     made = made_at(completion_id)
     if made is None or not completion_id.startswith(f"{endpoint.prefix}-"):
         raise _unknown(completion_id, endpoint)
     entry_id = BEGINNING if after is None else after.cursor.entry_id
     queued, found = await answered(lambda: pod.streams.find(completion_id, entry_id))
     if queued is None:
+        if await answered(lambda: pod.stored.was_deleted(completion_id)):
+            raise _unknown(completion_id, endpoint)
         raise _expired(completion_id, made, pod.settings.retention)
     if queued.owner != asker:
         raise _unknown(completion_id, endpoint)

@@ -14,6 +14,7 @@ from llmboost.entries import ChoiceDelta, Delta, Entry, StreamError, Terminal, T
 from llmboost.settings import ApiSettings
 from llmboost.streams import frame_ids, position
 from llmboost_api import errors
+from llmboost_api.answer import add_usage
 from llmboost_api.generation import Step
 from llmboost_api.protocol.form import Form
 from llmboost_api.resume import ResumePoint
@@ -131,14 +132,3 @@ class Framer:
             if self._send_usage:
                 out.append(b"data: %b\n\n" % self._shape.usage(self._usage))
             out.append(DONE)
-
-
-def add_usage(one: Usage, other: Usage | None) -> Usage:
-    """The usage of two jobs together."""
-    if other is None:
-        return one
-    return Usage(
-        one.prompt_tokens + other.prompt_tokens,
-        one.completion_tokens + other.completion_tokens,
-        one.cached_tokens + other.cached_tokens,
-    )

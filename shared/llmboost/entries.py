@@ -1,6 +1,7 @@
 """What comes back: the entries of a token stream, as plain data. `llmboost.streams` holds their protocol."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import msgspec
 
@@ -86,6 +87,46 @@ class Terminal(msgspec.Struct, frozen=True, array_like=True, tag="terminal"):
 Entry = Queued | Started | Delta | Terminal
 ReadEntry = tuple[str, Entry]
 """(entry id, entry); the id is an opaque cursor to everyone outside this module."""
+
+
+@dataclass(frozen=True, slots=True)
+class FollowUp:
+    """What follows from a request's end: kept in its first entry, done by whoever seals it."""
+
+    retention: float | None = None
+    """Seconds that the sealed stream stays readable; None: as long as any."""
+    push_to: str = ""
+    """Key of a list that the id is pushed onto."""
+    expires_with: str = ""
+    """Key that is to expire together with the stream."""
+    arq_queue: str = ""
+    """arq queue into which a job goes, with the `arq_job` definition and an id made of the stream's."""
+    arq_job: bytes = b""
+
+    def fields(self) -> list[str | bytes | int]:
+        """As fields of the first entry, beside the entry itself. Only the seal's script reads them."""
+        retention = None if self.retention is None else int(self.retention * 1000)
+        each = {
+            "retention": retention,
+            "push_to": self.push_to,
+            "expires_with": self.expires_with,
+            "arq_queue": self.arq_queue,
+            "arq_job": self.arq_job,
+        }
+        return [part for name, value in each.items() if value for part in (name, value)]
+
+
+NO_FOLLOW_UP = FollowUp()
+
+
+@dataclass(frozen=True, slots=True)
+class Once:
+    """A name under which a request is accepted once, for as long as its stream is there."""
+
+    key: str
+    value: bytes
+    """Says which request it was to whoever comes with the same name."""
+
 
 _encode = msgspec.msgpack.Encoder().encode
 _decode = msgspec.msgpack.Decoder(Entry).decode

@@ -3,6 +3,7 @@
 Plain data, no behaviour. `llmboost.streams` holds what comes back.
 """
 
+import hashlib
 import re
 import secrets
 import time
@@ -86,11 +87,38 @@ class GenerationJob(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
 
 
 def new_id(prefix: str) -> str:
-    """A fresh id such as `chatcmpl-6a4f…`; unguessable, though no credential.
+    """A fresh id such as `chatcmpl-6a4f…` or, for a prefix with its own sign at the end, `resp_6a4f…`;
+    unguessable, though no credential.
 
     After the prefix: the time (8 hex digits), 80 random bits (20), and a checksum of all that (4).
     """
-    stem = f"{prefix}-{int(time.time()):08x}{secrets.token_hex(10)}"
+    return _id(prefix, time.time(), secrets.token_hex(10))
+
+
+def derived_id(prefix: str, parent: str, *parts: int | str) -> str:
+    """An id of the same form and time as its parent's, the same each time for the same parent and parts.
+
+    Raises:
+        ValueError: the parent is no id of `new_id`'s.
+    """
+    made = made_at(parent)
+    if made is None:
+        raise ValueError(f"{parent!r} is not an id made here")
+    return _id(prefix, made, _digest(10, parent, *parts))
+
+
+def derived_seed(job_id: str) -> int:
+    """The seed of a request that names none: every attempt draws the same, and so does whoever makes the same
+    job again."""
+    return int(_digest(8, job_id, "seed"), 16) >> 1
+
+
+def _digest(size: int, *parts: int | str) -> str:
+    return hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=size).hexdigest()
+
+
+def _id(prefix: str, made: float, digits: str) -> str:
+    stem = f"{prefix if prefix.endswith('_') else prefix + '-'}{int(made):08x}{digits}"
     return stem + _checksum(stem)
 
 
@@ -99,7 +127,7 @@ def made_at(new: str) -> float | None:
 
     So an id whose stream is gone can be told from one that never had a stream, though nothing is kept.
     """
-    match = re.fullmatch(r"[a-z]+-([0-9a-f]{8})[0-9a-f]{24}", new)
+    match = re.fullmatch(r"[a-z]+[-_]([0-9a-f]{8})[0-9a-f]{24}", new)
     if match is None or _checksum(new[:-4]) != new[-4:]:
         return None
     return float(int(match[1], 16))
@@ -110,7 +138,7 @@ def _checksum(text: str) -> str:
 
 
 def new_seed() -> int:
-    """A seed for a request that names none: fixed here, so that every attempt draws the same."""
+    """A seed for a request that names none and is made once."""
     return secrets.randbits(63)
 
 

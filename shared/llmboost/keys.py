@@ -26,6 +26,21 @@ def stream(job_id: str) -> str:
     return f"llmboost:stream:{{{job_id}}}"
 
 
+def once(owner: str, name: str) -> str:
+    """String: which request an API key's `Idempotency-Key` stands for (`name` is a digest of it)."""
+    return f"llmboost:once:{owner}:{name}"
+
+
+def stored(completion_id: str) -> str:
+    """String (msgpack): what is kept of a stored answer beside its stream."""
+    return f"llmboost:stored:{completion_id}"
+
+
+def stored_by(owner: str) -> str:
+    """Sorted set: ids of an API key's stored chat completions, by the time (ms) of their request."""
+    return f"llmboost:stored-by:{owner}"
+
+
 def tailer_wake(tailer: str) -> str:
     """Stream: an entry ends the XREAD in which a tailer waits."""
     return f"llmboost:tailer:{tailer}"

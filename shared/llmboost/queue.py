@@ -11,13 +11,14 @@ A job is an arq job (definition under arq's key, id in a sorted set), made event
 The queue lives on one Redis primary: these scripts touch keys of several jobs.
 """
 
+from dataclasses import replace
 from typing import Any, cast
 
 from arq.connections import ArqRedis
 
 from llmboost import entries, keys, streams
 from llmboost.connection import serialize
-from llmboost.entries import StreamError, Terminal
+from llmboost.entries import NO_FOLLOW_UP, FollowUp, Once, StreamError, Terminal
 from llmboost.jobs import FUNCTION, GenerationJob, JobClass, OpaqueJob, encode
 from llmboost.leases import LeasedJobs
 from llmboost.lua import NOW, Script
@@ -31,15 +32,29 @@ class QueueFull(Exception):
     """The queue holds as many jobs as it may; `str()` says how many."""
 
 
+class SubmittedBefore(Exception):
+    """A request was accepted under this name already; `value` says which."""
+
+    def __init__(self, value: bytes) -> None:
+        super().__init__("a request was accepted under this name already")
+        self.value = value
+
+
 _SUBMIT = Script(
     NOW
     + """
-local stream, job, queue, wake, leases, claim, open, audience = unpack(KEYS)
-local id, entry_id, entry, definition, ttl, deadline, grace, max_queued, wake_tokens = unpack(ARGV)
+local stream, job, queue, wake, leases, claim, open, audience, once = unpack(KEYS)
+local id, entry_id, entry, definition, ttl, deadline, grace = unpack(ARGV, 1, 7)
+local max_queued, wake_tokens, name = unpack(ARGV, 8, 10)
 if redis.call('EXISTS', stream) == 1 then return 1 end
+if once then
+  local before = redis.call('GET', once)
+  if before then return before end
+end
 if tonumber(max_queued) > 0 and redis.call('ZCARD', queue) >= tonumber(max_queued) then return 0 end
-redis.call('XADD', stream, entry_id, 'e', entry)
+redis.call('XADD', stream, entry_id, 'e', entry, unpack(ARGV, 11))
 redis.call('PEXPIRE', stream, ttl)
+if once then redis.call('SET', once, name, 'PX', ttl) end
 redis.call('SET', job, definition, 'PX', ttl)
 -- To the microsecond: jobs of one millisecond keep their order.
 local score = string.format('%d.%03d', now, time[2] % 1000)
@@ -54,6 +69,8 @@ redis.call('PEXPIRE', wake, 3600000)
 return 1
 """
 )
+
+_FORGET = Script("if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end")
 
 _DISCARD = Script("""
 local claim, job, retry = unpack(KEYS)
@@ -94,20 +111,35 @@ class JobQueue(LeasedJobs):
     # Whoever asks
 
     async def submit(
-        self, job: GenerationJob, *, audience: float = 0, max_queued: int = 0, form: bytes = b""
+        self,
+        job: GenerationJob,
+        *,
+        audience: float = 0,
+        max_queued: int = 0,
+        form: bytes = b"",
+        follow_up: FollowUp = NO_FOLLOW_UP,
+        once: Once | None = None,
     ) -> None:
-        """Creates the job's stream and enqueues it; safe to call again after an unknown outcome.
+        """Creates the job's stream and enqueues it; does nothing if the stream exists, so it may be called
+        again after an unknown outcome.
 
         `audience`: seconds for which the caller promises to read. `max_queued`: 0 is no limit.
         `form`: kept in the stream's first entry, for whoever writes the answer down.
+        `follow_up`: what the seal entails. `once`: a name that must not have been used.
 
         Raises:
             QueueFull: `max_queued` jobs wait already; nothing was written.
+            SubmittedBefore: by `once`; nothing was written.
             RedisError: the outcome is not known.
         """
         definition = serialize(
             {"t": None, "f": FUNCTION, "a": (OpaqueJob(encode(job)),), "k": {}, "et": int(job.created * 1000)}
         )
+        if once is not None:
+            follow_up = replace(follow_up, expires_with=once.key)
+        retention_ms = self.streams.retention_ms
+        if follow_up.retention is not None:
+            retention_ms = int(follow_up.retention * 1000)
         accepted = await _SUBMIT(
             self.redis,
             [
@@ -119,6 +151,7 @@ class JobQueue(LeasedJobs):
                 keys.claim(job.id),
                 keys.OPEN,
                 keys.AUDIENCE,
+                *([once.key] if once else ()),
             ],
             [
                 job.id,
@@ -126,15 +159,23 @@ class JobQueue(LeasedJobs):
                 entries.encode(entries.Queued(job.model, job.owner, job.created, form)),
                 definition,
                 # Outlives the deadline by the retention: the reaper seals in between.
-                int((job.deadline - job.created) * 1000) + self.streams.retention_ms,
+                int((job.deadline - job.created) * 1000) + retention_ms,
                 int(job.deadline * 1000),
                 int(audience * 1000) if job.needs_audience else 0,
                 max_queued,
                 WAKE_TOKENS,
+                once.value if once else b"",
+                *follow_up.fields(),
             ],
         )
+        if isinstance(accepted, bytes):
+            raise SubmittedBefore(accepted)
         if not accepted:
             raise QueueFull(f"{max_queued} requests for {job.model!r} are waiting already")
+
+    async def forget(self, once: Once) -> None:
+        """Frees a name, if it still stands for that request."""
+        await _FORGET(self.redis, [once.key], [once.value])
 
     async def cancel(self, job_id: str, terminal: Terminal) -> SealOutcome:
         """Ends a request wherever it is: seals its stream; a running worker learns from its next append."""

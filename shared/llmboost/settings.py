@@ -101,6 +101,9 @@ class ApiSettings(CommonSettings):
     request_timeout: PositiveFloat = Field(
         3600.0, description="Seconds after which a request that is not answered ends in an error."
     )
+    response_ttl: PositiveFloat = Field(
+        30 * 86400.0, description="Seconds for which stored answers are kept after their end."
+    )
     max_queued: NonNegativeInt = Field(
         2048, description="Waiting requests per model beyond which new ones get 429; 0: no limit."
     )

@@ -14,6 +14,8 @@ One request has one Redis stream. This module owns its protocol; nothing else sp
   and the first to make it wins.
 - The stream's TTL is set when it is created and outlasts the request's deadline, at which it is sealed
   whatever its state; so a running stream can't expire, and none is left behind.
+- The first entry also says what follows from the seal (`FollowUp`), and the seal's script does it: whoever
+  seals, and whatever dies then, it happens, once.
 """
 
 import asyncio
@@ -30,6 +32,7 @@ from redis.exceptions import RedisError, ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llmboost import keys
+from llmboost.audience import Audience
 from llmboost.entries import FIELD, Delta, Entry, Queued, ReadEntry, Started, Terminal, decode, encode
 from llmboost.lua import NOW, Script
 
@@ -167,8 +170,27 @@ class SealOutcome(enum.Enum):
     GONE = b"gone"
 
 
-_SEAL = Script("""
+_SEAL = Script(
+    NOW
+    + """
 local seal_id, payload, retention, attempt, id = unpack(ARGV)
+local function follow_up()
+  local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1][2]
+  local follow = {}
+  for i = 1, #first, 2 do follow[first[i]] = first[i + 1] end
+  retention = follow.retention or retention
+  redis.call('PEXPIRE', KEYS[1], retention)
+  if follow.expires_with then redis.call('PEXPIRE', follow.expires_with, retention) end
+  if follow.push_to then
+    redis.call('RPUSH', follow.push_to, id)
+    redis.call('PEXPIRE', follow.push_to, 86400000)
+  end
+  if follow.arq_queue then
+    local job_id = 'sealed:' .. id
+    redis.call('SET', KEYS[4] .. job_id, follow.arq_job, 'PX', 86400000)
+    redis.call('ZADD', follow.arq_queue, now, job_id)
+  end
+end
 local top = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 local outcome
 if not top then
@@ -179,45 +201,12 @@ elseif attempt ~= '' and tonumber(string.match(top[1], '^%d+')) > tonumber(attem
   return 'fenced'
 else
   redis.call('XADD', KEYS[1], seal_id, 'e', payload)
-  redis.call('PEXPIRE', KEYS[1], retention)
+  follow_up()
   outcome = 'written'
 end
 redis.call('ZREM', KEYS[2], id)
 redis.call('ZREM', KEYS[3], id)
 return outcome
-""")
-
-_RENEW_AUDIENCE = Script(
-    NOW
-    + """
-local missing = {}
-for i = 2, #ARGV do
-  local id = ARGV[i]
-  if redis.call('EXISTS', KEYS[i + 1]) == 0 then
-    missing[#missing + 1] = id
-  elseif redis.call('ZSCORE', KEYS[2], id) then
-    redis.call('ZADD', KEYS[1], 'GT', now + ARGV[1], id)
-  end
-end
-return missing
-"""
-)
-
-_SHORTEN_AUDIENCE = Script(
-    NOW
-    + """
-for i = 2, #ARGV do redis.call('ZADD', KEYS[1], 'XX', 'LT', now + ARGV[1], ARGV[i]) end
-"""
-)
-
-_AUDIENCE = Script(
-    NOW
-    + """
-local scores = redis.call('ZMSCORE', KEYS[1], unpack(ARGV))
-for i, score in ipairs(scores) do
-  if score then scores[i] = tonumber(score) - now else scores[i] = -1 end
-end
-return scores
 """
 )
 
@@ -285,7 +274,7 @@ class Writer:
         return f"{self.attempt}-{self.n}"
 
 
-class TokenStreams:
+class TokenStreams(Audience):
     """Streams on one Redis server; every method is safe to call again after an unknown outcome."""
 
     def __init__(self, redis: Redis, retention: float) -> None:
@@ -349,7 +338,7 @@ class TokenStreams:
         reply = await persist(
             lambda: _SEAL(
                 self.redis,
-                [keys.stream(job_id), keys.OPEN, keys.AUDIENCE],
+                [keys.stream(job_id), keys.OPEN, keys.AUDIENCE, keys.arq_job("")],
                 [SEAL_ID, payload, self.retention_ms, attempt, job_id],
             )
         )
@@ -376,31 +365,12 @@ class TokenStreams:
         queued = decode(first)[0][1] if first else None
         return (queued if isinstance(queued, Queued) else None), bool(found)
 
-    # Audience
+    # Whoever no longer wants it
 
-    async def renew_audience(self, job_ids: Sequence[str], seconds: float) -> list[str]:
-        """Says that each stream has a reader for so long; returns the ids of streams that no longer exist."""
-        if not job_ids:
-            return []
-        missing = await _RENEW_AUDIENCE(
-            self.redis,
-            [keys.AUDIENCE, keys.OPEN, *map(keys.stream, job_ids)],
-            [int(seconds * 1000), *job_ids],
-        )
-        return [cast(bytes, job_id).decode() for job_id in missing]
-
-    async def shorten_audience(self, job_ids: Sequence[str], seconds: float) -> None:
-        """Takes back what was promised beyond so many seconds: a reader has left. Another one's next renewal
-        makes up for it."""
-        if job_ids:
-            await _SHORTEN_AUDIENCE(self.redis, [keys.AUDIENCE], [int(seconds * 1000), *job_ids])
-
-    async def audience(self, job_ids: Sequence[str]) -> list[float]:
-        """Per id, the seconds for which a reader is still promised; negative if the promise has lapsed."""
-        if not job_ids:
-            return []
-        remaining: list[Any] = await _AUDIENCE(self.redis, [keys.AUDIENCE], list(job_ids))
-        return [ms / 1000 for ms in remaining]
+    async def delete(self, job_ids: Sequence[str]) -> int:
+        """Forgets streams, which should have been sealed; returns how many there were. A worker that still
+        writes one learns that it is gone."""
+        return int(await self.redis.unlink(*map(keys.stream, job_ids))) if job_ids else 0
 
 
 def append_to(pipe: Any, job_id: str, entry_id: str, entry: Entry) -> None:

@@ -172,7 +172,7 @@ BAD: dict[str, Bad] = {
     "response_format": asks(
         chat(response_format={"type": "json_object"}), "not supported", param="response_format"
     ),
-    "stored": asks(chat(store=True), "not supported", param="store"),
+    "stored": asks(completion(store=True), "not supported", param="store"),
     "suffix": asks(completion(suffix="end"), "not supported", param="suffix"),
     "best_of": asks(completion(best_of=3), "3", param="best_of"),
     "stream_options without a stream": asks(

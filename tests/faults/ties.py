@@ -101,8 +101,8 @@ class Judge:
         body = {**answer.body, "stream": True}
         is_chat = "messages" in body
         request: Any = (ChatRequest if is_chat else CompletionRequest).model_validate(body)
-        sampling = request.sampling_params()
-        prompt = encode_prompt(self.tokenizer, request.prompt() if is_chat else request.prompts()[0])
+        sampling = request.sampling_params("")
+        prompt = encode_prompt(self.tokenizer, request.prompts()[0])
         ids = answer.token_ids
 
         def after(tokens: int) -> Sequence:

@@ -106,7 +106,6 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("parallel_tool_calls", True),
     ("verbosity", "low"),
     ("service_tier", "flex"),
-    ("store", True),
 ]
 
 
@@ -249,7 +248,7 @@ def test_messages_as_templates_take_them() -> None:
         {"role": "tool", "content": [{"type": "text", "text": "2"}], "tool_call_id": "1"},
     ]
     asked = ChatRequest.model_validate({"model": "m", "messages": messages})
-    assert asked.prompt() == Prompt(
+    assert asked.prompts()[0] == Prompt(
         messages=[
             {"role": "system", "content": ""},
             {"role": "assistant", "content": "Hello"},

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from llmboost.entries import TokenLogprob, Usage
 from llmboost.jobs import Prompt, SamplingParams
+from llmboost_api.protocol.metadata import check_metadata
 from llmboost_api.protocol.request import Neutral, RequestModel, never, only, problem
 from llmboost_api.protocol.sampling import Count, GenerationRequest
 from llmboost_api.protocol.shape import Choice, encode_json, finite, usage_object
@@ -135,6 +136,8 @@ class ChatRequest(GenerationRequest):
     )
     logprobs: bool = False
     top_logprobs: int | None = Field(None, ge=0, le=20)
+    store: bool = Field(False, description="Keep the answer, to be retrieved and listed later.")
+    metadata: dict[str, Any] | None = Field(None, description="Kept with a stored answer; else ignored.")
 
     @model_validator(mode="after")
     def _check_together(self) -> "ChatRequest":
@@ -149,6 +152,8 @@ class ChatRequest(GenerationRequest):
             raise problem(
                 "invalid_value", "needs 'logprobs' to be true: set it, or remove this.", "top_logprobs"
             )
+        if self.store and self.metadata:
+            check_metadata(self.metadata, "metadata")
         self._check_min_tokens(self.most_tokens)
         return self
 
@@ -156,13 +161,20 @@ class ChatRequest(GenerationRequest):
     def most_tokens(self) -> int | None:
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
-    def prompt(self) -> Prompt:
-        """What the worker is to continue."""
-        return Prompt(messages=[message.for_template() for message in self.messages])
+    @property
+    def messages_to_store(self) -> list[dict[str, Any]] | None:
+        return [message.model_dump(exclude_none=True) for message in self.messages] if self.store else None
 
-    def sampling_params(self) -> SamplingParams:
-        """How."""
-        return self.sampling(self.most_tokens, (self.top_logprobs or 0) if self.logprobs else None)
+    @property
+    def attached(self) -> dict[str, str]:
+        return self.metadata or {}
+
+    def prompts(self) -> list[Prompt]:
+        return [Prompt(messages=[message.for_template() for message in self.messages])]
+
+    def sampling_params(self, completion_id: str) -> SamplingParams:
+        top_logprobs = (self.top_logprobs or 0) if self.logprobs else None
+        return self._sampling(completion_id, self.most_tokens, top_logprobs)
 
 
 class ChatShape:

@@ -116,15 +116,17 @@ class CompletionRequest(GenerationRequest):
         return self
 
     def prompts(self) -> list[Prompt]:
-        """What the worker is to continue: one job each."""
         return [
             Prompt(text=prompt) if isinstance(prompt, str) else Prompt(token_ids=prompt)
             for prompt in self.prompt
         ]
 
-    def sampling_params(self) -> SamplingParams:
-        """How."""
-        return self.sampling(self.max_tokens, self.logprobs)
+    @property
+    def echoes(self) -> bool:
+        return self.echo
+
+    def sampling_params(self, completion_id: str) -> SamplingParams:
+        return self._sampling(completion_id, self.max_tokens, self.logprobs)
 
 
 class CompletionShape:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import msgspec
 
 from llmboost.jobs import GenerationJob
-from llmboost_api.protocol.chat import ChatShape
-from llmboost_api.protocol.completions import CompletionShape
+from llmboost_api.protocol.chat import ChatRequest, ChatShape
+from llmboost_api.protocol.completions import CompletionRequest, CompletionShape
 from llmboost_api.protocol.sampling import GenerationRequest
 from llmboost_api.protocol.shape import Shape
 
@@ -20,11 +20,12 @@ class Endpoint:
     path: str
     prefix: str
     """Of its ids."""
+    request: type[GenerationRequest]
     shape: type[ChatShape] | type[CompletionShape]
 
 
-CHAT = Endpoint("chat", "/v1/chat/completions", "chatcmpl", ChatShape)
-COMPLETIONS = Endpoint("completions", "/v1/completions", "cmpl", CompletionShape)
+CHAT = Endpoint("chat", "/v1/chat/completions", "chatcmpl", ChatRequest, ChatShape)
+COMPLETIONS = Endpoint("completions", "/v1/completions", "cmpl", CompletionRequest, CompletionShape)
 ENDPOINTS = (CHAT, COMPLETIONS)
 _BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
 

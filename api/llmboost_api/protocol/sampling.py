@@ -1,11 +1,12 @@
 """The fields of a request that say how tokens are drawn; the same for both endpoints."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
-from llmboost.jobs import SamplingParams, new_seed
+from llmboost.jobs import Prompt, SamplingParams, derived_seed
 from llmboost_api.protocol.request import Neutral, RequestModel, always, only, problem
 from llmboost_api.protocol.translate import shown
 
@@ -77,7 +78,7 @@ class StreamOptions(RequestModel):
     include_usage: bool = Field(False, description="One more chunk with the usage, before `[DONE]`.")
 
 
-class GenerationRequest(RequestModel):
+class GenerationRequest(RequestModel, ABC):
     """The fields that chat and legacy completions have in common; defaults are OpenAI's."""
 
     unsupported: ClassVar[Mapping[str, Neutral]] = {
@@ -124,11 +125,36 @@ class GenerationRequest(RequestModel):
         """Whether the client asked for usage in its stream."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def sampling(self, max_tokens: int | None, top_logprobs: int | None) -> SamplingParams:
+    @property
+    def echoes(self) -> bool:
+        """Whether each choice begins with the prompt."""
+        return False
+
+    @property
+    def messages_to_store(self) -> list[dict[str, Any]] | None:
+        """What is to be kept of the request with its answer; None if that is not to be stored."""
+        return None
+
+    @property
+    def attached(self) -> dict[str, str]:
+        """The metadata to be kept with it."""
+        return {}
+
+    @abstractmethod
+    def prompts(self) -> list[Prompt]:
+        """What the worker is to continue: one job each."""
+
+    @abstractmethod
+    def sampling_params(self, completion_id: str) -> SamplingParams:
+        """How the tokens of a completion are drawn."""
+
+    def _sampling(
+        self, completion_id: str, max_tokens: int | None, top_logprobs: int | None
+    ) -> SamplingParams:
         """The parameters as a job carries them. The seed is fixed here, for all attempts to draw from."""
         return SamplingParams(
             n=self.n,
-            seed=new_seed() if self.seed is None else self.seed,
+            seed=derived_seed(completion_id) if self.seed is None else self.seed,
             temperature=self.temperature,
             top_p=self.top_p,
             top_k=max(self.top_k, 0),

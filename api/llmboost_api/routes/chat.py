@@ -1,22 +1,21 @@
-"""POST /v1/chat/completions, and GET /v1/chat/completions/{id}."""
+"""POST /v1/chat/completions; and by id: GET, and POST …/cancel. Stored ones have routes of their own, too."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from llmboost.jobs import new_id
-from llmboost_api import body, openapi
+from llmboost_api import openapi
 from llmboost_api.auth import owner
-from llmboost_api.jobs import make_jobs
-from llmboost_api.middleware import rename_request
+from llmboost_api.creation import create
+from llmboost_api.ending import cancel
+from llmboost_api.idempotency import idempotency_key
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.chat import ChatRequest
-from llmboost_api.protocol.form import CHAT, Form
-from llmboost_api.reply import Reply
+from llmboost_api.protocol.form import CHAT
 from llmboost_api.resume import Reading, beginning, reading
 from llmboost_api.retrieval import retrieve
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", tags=["chat"])
 
 
 @router.post(
@@ -24,29 +23,31 @@ router = APIRouter(prefix="/v1")
     dependencies=[Depends(beginning)],
     openapi_extra=openapi.body_of(ChatRequest),
     responses=openapi.ANSWERS,
-    tags=["chat"],
 )
-async def create_chat_completion(request: Request, asker: Annotated[str, Depends(owner)]) -> Response:
+async def create_chat_completion(
+    request: Request,
+    asker: Annotated[str, Depends(owner)],
+    key: Annotated[str | None, Depends(idempotency_key)],
+) -> Response:
     """Answers a conversation."""
-    pod = pod_of(request)
-    asked = await body.read(request, ChatRequest, pod.settings.max_request_bytes)
-    card = await pod.models.find(asked.model)
-    completion_id = new_id(CHAT.prefix)
-    rename_request(request, completion_id)
-    jobs = make_jobs(
-        completion_id, card, [asked.prompt()], asked.sampling_params(), pod.settings, owner=asker
-    )
-    form = Form.of(asked, CHAT, jobs, always_usage=pod.settings.always_include_usage)
-    await pod.generations.submit(jobs, form)
-    return Reply(pod.generations.follow(completion_id, form), pod.settings, stream=asked.stream)
+    return await create(request, CHAT, asker, key)
 
 
-@router.get("/chat/completions/{completion_id}", responses=openapi.ANSWERS_AGAIN, tags=["chat"])
+@router.get("/chat/completions/{completion_id}", responses=openapi.ANSWERS_AGAIN)
 async def retrieve_chat_completion(
     request: Request,
     completion_id: str,
     asker: Annotated[str, Depends(owner)],
     wanted: Annotated[Reading, Depends(reading)],
 ) -> Response:
-    """The answer again, or the rest of its stream, while it runs and for a while after."""
+    """The answer again, or the rest of its stream: while it runs and for a while after (stored: longer)."""
     return await retrieve(request, CHAT, completion_id, asker, wanted)
+
+
+@router.post("/chat/completions/{completion_id}/cancel", responses=openapi.ERRORS)
+async def cancel_chat_completion(
+    request: Request, completion_id: str, asker: Annotated[str, Depends(owner)]
+) -> dict[str, Any]:
+    """Ends the answer at its next token, from any pod; its stream ends in the error `cancelled`."""
+    cancelled = await cancel(pod_of(request), CHAT, completion_id, asker)
+    return {"id": completion_id, "object": "chat.completion.cancelled", "cancelled": cancelled}

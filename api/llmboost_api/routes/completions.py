@@ -1,22 +1,21 @@
-"""POST /v1/completions, and GET /v1/completions/{id}."""
+"""POST /v1/completions; and by id: GET, and POST …/cancel."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
 
-from llmboost.jobs import new_id
-from llmboost_api import body, openapi
+from llmboost_api import openapi
 from llmboost_api.auth import owner
-from llmboost_api.jobs import make_jobs
-from llmboost_api.middleware import rename_request
+from llmboost_api.creation import create
+from llmboost_api.ending import cancel
+from llmboost_api.idempotency import idempotency_key
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.completions import CompletionRequest
-from llmboost_api.protocol.form import COMPLETIONS, Form
-from llmboost_api.reply import Reply
+from llmboost_api.protocol.form import COMPLETIONS
 from llmboost_api.resume import Reading, beginning, reading
 from llmboost_api.retrieval import retrieve
 
-router = APIRouter(prefix="/v1")
+router = APIRouter(prefix="/v1", tags=["completions"])
 
 
 @router.post(
@@ -24,30 +23,17 @@ router = APIRouter(prefix="/v1")
     dependencies=[Depends(beginning)],
     openapi_extra=openapi.body_of(CompletionRequest),
     responses=openapi.ANSWERS,
-    tags=["completions"],
 )
-async def create_completion(request: Request, asker: Annotated[str, Depends(owner)]) -> Response:
+async def create_completion(
+    request: Request,
+    asker: Annotated[str, Depends(owner)],
+    key: Annotated[str | None, Depends(idempotency_key)],
+) -> Response:
     """Continues one prompt or several; choice `i` of prompt `p` is number `p * n + i`."""
-    pod = pod_of(request)
-    asked = await body.read(request, CompletionRequest, pod.settings.max_request_bytes)
-    card = await pod.models.find(asked.model)
-    completion_id = new_id(COMPLETIONS.prefix)
-    rename_request(request, completion_id)
-    jobs = make_jobs(
-        completion_id,
-        card,
-        asked.prompts(),
-        asked.sampling_params(),
-        pod.settings,
-        owner=asker,
-        echo=asked.echo,
-    )
-    form = Form.of(asked, COMPLETIONS, jobs, always_usage=pod.settings.always_include_usage)
-    await pod.generations.submit(jobs, form)
-    return Reply(pod.generations.follow(completion_id, form), pod.settings, stream=asked.stream)
+    return await create(request, COMPLETIONS, asker, key)
 
 
-@router.get("/completions/{completion_id}", responses=openapi.ANSWERS_AGAIN, tags=["completions"])
+@router.get("/completions/{completion_id}", responses=openapi.ANSWERS_AGAIN)
 async def retrieve_completion(
     request: Request,
     completion_id: str,
@@ -56,3 +42,12 @@ async def retrieve_completion(
 ) -> Response:
     """The answer again, or the rest of its stream, while it runs and for a while after."""
     return await retrieve(request, COMPLETIONS, completion_id, asker, wanted)
+
+
+@router.post("/completions/{completion_id}/cancel", responses=openapi.ERRORS)
+async def cancel_completion(
+    request: Request, completion_id: str, asker: Annotated[str, Depends(owner)]
+) -> dict[str, Any]:
+    """Ends the answer at its next token, from any pod; its stream ends in the error `cancelled`."""
+    cancelled = await cancel(pod_of(request), COMPLETIONS, completion_id, asker)
+    return {"id": completion_id, "object": "text_completion.cancelled", "cancelled": cancelled}

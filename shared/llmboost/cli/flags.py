@@ -153,7 +153,7 @@ def default_of(field: FieldInfo) -> str:
         return "on" if field.default else "off"
     if isinstance(field.default, tuple):
         return ",".join(field.default)
-    return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+    return f"{field.default:.15g}" if isinstance(field.default, float) else str(field.default)
 
 
 def describe(field: FieldInfo) -> str:

@@ -1,0 +1,52 @@
+"""POST on an endpoint whose completions are generated from its body alone."""
+
+from functools import partial
+
+from fastapi import Request, Response
+
+from llmboost.entries import NO_FOLLOW_UP, FollowUp
+from llmboost.jobs import new_id
+from llmboost_api import body
+from llmboost_api.idempotency import name_of
+from llmboost_api.middleware import rename_request
+from llmboost_api.pod import pod_of
+from llmboost_api.protocol.form import Endpoint
+from llmboost_api.reply import Reply
+from llmboost_api.stored import StoredAnswer
+from llmboost_api.submission import make_submission, submit
+
+
+async def create(request: Request, endpoint: Endpoint, asker: str, key: str | None) -> Response:
+    """Begins the answer to a request and returns it, streamed or whole; or joins the answer that a request
+    with the same idempotency key began.
+
+    Raises:
+        ApiError: the request can't be accepted; says why.
+    """
+    pod = pod_of(request)
+    data = await body.receive(request, pod.settings.max_request_bytes)
+    asked = body.check(data, endpoint.request)
+    name = name_of(key, endpoint.path, data, asker)
+    card = await pod.models.find(asked.model)
+    kept = asked.messages_to_store
+    stored = None
+    if kept is not None:
+        stored = StoredAnswer(owner=asker, model=asked.model, metadata=asked.attached, input=kept)
+    make = partial(
+        make_submission,
+        pod,
+        endpoint,
+        card=card,
+        asked=asked,
+        prompts=asked.prompts(),
+        owner=asker,
+        follow_up=FollowUp(retention=pod.settings.response_ttl) if stored else NO_FOLLOW_UP,
+        stored=stored,
+        listed=True,
+    )
+    completion_id = new_id(endpoint.prefix)
+    rename_request(request, completion_id)
+    completion_id, form = await submit(pod, make, completion_id, name)
+    rename_request(request, completion_id)
+    generation = pod.generations.follow(completion_id, form, again=name is not None)
+    return Reply(generation, pod.settings, stream=asked.stream)
