@@ -1,11 +1,11 @@
 """A whole answer, gathered from the entries of its streams."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from llmboost.entries import Delta, ReadEntry, Terminal, Usage
 from llmboost_api import errors
 from llmboost_api.protocol.form import Form
-from llmboost_api.protocol.shape import Choice
+from llmboost_api.protocol.shape import Choice, encode_json
 
 
 class Answer:
@@ -42,9 +42,10 @@ class Answer:
                 self._usage = add_usage(self._usage, entry.usage)
                 self._open_jobs -= 1
 
-    def encode(self) -> bytes:
-        """The answer as JSON, in its endpoint's form."""
-        return self._form.shape(self._id).whole(self._choices, self._usage)
+    def encode(self, metadata: Mapping[str, str] | None = None) -> bytes:
+        """The answer as JSON, in its endpoint's form; a stored one with its metadata."""
+        whole = self._form.shape(self._id).whole(self._choices, self._usage)
+        return whole if metadata is None else b'%b,"metadata":%b}' % (whole[:-1], encode_json(metadata))
 
 
 def add_usage(one: Usage, other: Usage | None) -> Usage:

@@ -49,4 +49,5 @@ async def create(request: Request, endpoint: Endpoint, asker: str, key: str | No
     completion_id, form = await submit(pod, make, completion_id, name)
     rename_request(request, completion_id)
     generation = pod.generations.follow(completion_id, form, again=name is not None)
-    return Reply(generation, pod.settings, stream=asked.stream)
+    metadata = None if stored is None else stored.metadata
+    return Reply(generation, pod.settings, stream=asked.stream, metadata=metadata)

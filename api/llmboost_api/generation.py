@@ -97,7 +97,10 @@ class Generation:
             raise errors.from_stream(GAP) from None
         except (RedisError, OSError, TailerClosed) as error:
             logger.error("tailing failed: job_id=%s %s: %s", self.id, type(error).__name__, error)
-            raise errors.from_stream(LOST_REDIS) from error
+            lost = errors.from_stream(LOST_REDIS)
+            if self.again:
+                lost.headers = {"retry-after": "1"}
+            raise lost from error
         finally:
             self._waiting = None
 

@@ -6,11 +6,10 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
-from llmboost_api.protocol.chat import ChatRequest
-from llmboost_api.protocol.completions import CompletionRequest
 from llmboost_api.protocol.request import RequestModel
 
-MODELS: tuple[type[RequestModel], ...] = (ChatRequest, CompletionRequest)
+MODELS: list[type[RequestModel]] = []
+"""Of request bodies, as routes name them."""
 _REF = "#/components/schemas/{model}"
 
 ERROR_SCHEMA = {
@@ -33,8 +32,21 @@ ERROR_SCHEMA = {
 
 def body_of(model: type[RequestModel]) -> dict[str, Any]:
     """For a route's `openapi_extra`."""
+    if model not in MODELS:
+        MODELS.append(model)
     schema = {"$ref": _REF.format(model=model.__name__)}
     return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def query_of(model: type[RequestModel]) -> dict[str, Any]:
+    """For the `openapi_extra` of a route with a query."""
+    schema = model.model_json_schema(ref_template=_REF)
+    return {
+        "parameters": [
+            {"name": name, "in": "query", "required": False, "schema": field}
+            for name, field in schema["properties"].items()
+        ]
+    }
 
 
 ERRORS: dict[int | str, dict[str, Any]] = {

@@ -2,7 +2,7 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 
 from starlette.requests import ClientDisconnect
@@ -30,13 +30,15 @@ class Reply(Response):
         *,
         stream: bool,
         after: ResumePoint | None = None,
+        metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """`after`: where the stream goes on."""
+        """`after`: where the stream goes on. `metadata`: of a stored answer."""
         super().__init__()
         self._generation = generation
         self._settings = settings
         self._streamed = stream
         self._after = after
+        self._metadata = metadata
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Raises:
@@ -58,7 +60,7 @@ class Reply(Response):
         answer = Answer(self._generation.form, self._generation.id)
         async for job, entries in self._generation:
             answer.take(job, entries)
-        return answer.encode()
+        return answer.encode(self._metadata)
 
     # Streamed
 

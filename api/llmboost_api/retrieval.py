@@ -29,8 +29,14 @@ async def retrieve(
     rename_request(request, completion_id)
     if reading.after is not None and reading.after.cursor == Cursor(SEAL_ID):
         return Response(status_code=204)  # It has had everything; this is what ends an EventSource.
-    generation = pod.generations.follow(completion_id, form, again=True)
-    return Reply(generation, pod.settings, stream=reading.stream, after=reading.after)
+    record = None if reading.stream else await answered(lambda: pod.stored.get(completion_id))
+    return Reply(
+        pod.generations.follow(completion_id, form, again=True),
+        pod.settings,
+        stream=reading.stream,
+        after=reading.after,
+        metadata=None if record is None else record.metadata,
+    )
 
 
 async def find(

@@ -7,7 +7,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from llmboost import keys
-from llmboost.jobs import now
+from llmboost.jobs import made_at, now
 from llmboost.lua import Script
 
 _DELETED = b""
@@ -94,15 +94,19 @@ class StoredAnswers:
     async def ids(self, owner: str, *, after: str | None, count: int, descending: bool) -> list[str]:
         """Ids of an API key's chat completions oldest or newest first, from behind `after`."""
         index = keys.stored_by(owner)
-        start = 0
-        if after is not None:
-            find = self.redis.zrevrank if descending else self.redis.zrank
-            rank = await cast("Awaitable[int | None]", find(index, after))
-            if rank is None:
-                return []
-            start = rank + 1
+        start = 0 if after is None else await self._place_behind(index, after, descending)
         page = await self.redis.zrange(index, start, start + count - 1, desc=descending)
         return [each.decode() for each in page]
+
+    async def _place_behind(self, index: str, after: str, descending: bool) -> int:
+        find = self.redis.zrevrank if descending else self.redis.zrank
+        rank = await cast("Awaitable[int | None]", find(index, after))
+        if rank is not None:
+            return rank + 1
+        # Gone meanwhile: whoever deletes what he lists goes on, from the second in which it was made.
+        second = int((made_at(after) or 0) * 1000)
+        beyond = (f"({second + 999}", "+inf") if descending else ("-inf", f"({second}")
+        return int(await self.redis.zcount(index, *beyond))
 
 
 _encode = msgspec.msgpack.Encoder().encode

@@ -355,6 +355,13 @@ class TokenStreams(Audience):
         """All entries so far, without waiting; none too if there is no stream."""
         return decode(await self.redis.xrange(keys.stream(job_id)))
 
+    async def read_each(self, job_ids: Sequence[str]) -> list[list[ReadEntry]]:
+        """The same of several streams, in one round trip."""
+        pipe = self.redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.xrange(keys.stream(job_id))
+        return [decode(entries) for entries in await pipe.execute()]
+
     async def find(self, job_id: str, entry_id: str) -> tuple[Queued | None, bool]:
         """What the stream begins with, None if it does not exist; and whether it holds an entry."""
         key = keys.stream(job_id)

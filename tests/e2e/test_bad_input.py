@@ -179,11 +179,11 @@ BAD: dict[str, Bad] = {
         chat(stream_options={"include_usage": True}), "stream", param="stream_options"
     ),
     # the wrong door
-    "GET": Bad(b"", ("POST",), status=405, method="GET"),
+    "GET": Bad(b"", ("POST",), status=405, method="GET", path=COMPLETIONS),
     "PUT": Bad(chat(), ("POST",), status=405, method="PUT"),
     "DELETE": Bad(b"", ("POST",), status=405, method="DELETE"),
     "unknown path": Bad(chat(), ("/v1/chat",), status=404, path="/v1/chat"),
-    "POST to a completion": Bad(chat(), ("/v1/chat/completions/x", "GET"), status=405, path=CHAT + "/x"),
+    "POST to a completion": Bad(b"", ("/v1/completions/x", "GET"), status=405, path=COMPLETIONS + "/x"),
     "unknown path below": Bad(b"", (CHAT + "/x/y",), status=404, method="GET", path=CHAT + "/x/y"),
     "trailing slash": Bad(completion(), (COMPLETIONS,), status=404, path=COMPLETIONS + "/"),
     "path upwards": Bad(b"", ("nothing",), status=404, method="GET", path="/v1/../../etc/passwd"),

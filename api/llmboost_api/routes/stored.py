@@ -1,0 +1,89 @@
+"""Stored chat completions: GET /v1/chat/completions; and by id: POST, DELETE, and GET …/messages."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Depends, Request
+from pydantic import Field
+
+from llmboost_api import body, ending, openapi, stored_chat
+from llmboost_api.auth import owner
+from llmboost_api.errors import ApiError
+from llmboost_api.paging import Order, Paging, page_of, query_of
+from llmboost_api.pod import pod_of
+from llmboost_api.protocol.form import CHAT
+from llmboost_api.protocol.metadata import Metadata
+from llmboost_api.protocol.request import RequestModel
+from llmboost_api.resume import shown
+
+router = APIRouter(prefix="/v1/chat/completions", tags=["chat"], responses=openapi.ERRORS)
+Asker = Annotated[str, Depends(owner)]
+
+
+class Listing(Paging):
+    """Which of the stored completions are wanted."""
+
+    order: Order = Field("asc", description="By time: oldest or newest first.")
+    model: str | None = None
+    metadata: dict[str, str] = Field({}, description="All of these pairs: `metadata[key]=value`.")
+
+
+class MessageListing(Paging):
+    """Which of a completion's messages are wanted."""
+
+    order: Order = Field("asc", description="Oldest or newest first.")
+
+
+class Update(RequestModel):
+    """What can be changed of a stored completion."""
+
+    metadata: Metadata | None = None
+
+
+@router.get("", openapi_extra=openapi.query_of(Listing))
+async def list_chat_completions(request: Request, asker: Asker) -> dict[str, Any]:
+    """The stored completions of this API key that are complete."""
+    wanted = query_of(request, Listing)
+    found = await stored_chat.completions(
+        pod_of(request),
+        asker,
+        count=wanted.limit + 1,
+        after=wanted.after,
+        order=wanted.order,
+        model=wanted.model,
+        metadata=wanted.metadata,
+    )
+    return page_of(found, wanted.limit)
+
+
+@router.post("/{completion_id}", openapi_extra=openapi.body_of(Update))
+async def update_chat_completion(request: Request, completion_id: str, asker: Asker) -> dict[str, Any]:
+    """Gives a stored completion other metadata."""
+    pod = pod_of(request)
+    asked = await body.read(request, Update, pod.settings.max_request_bytes)
+    return await stored_chat.update(pod, completion_id, asker, asked.metadata or {})
+
+
+@router.get("/{completion_id}/messages", openapi_extra=openapi.query_of(MessageListing))
+async def list_chat_completion_messages(request: Request, completion_id: str, asker: Asker) -> dict[str, Any]:
+    """The messages that a stored completion answers."""
+    wanted = query_of(request, MessageListing)
+    messages = await stored_chat.messages(pod_of(request), completion_id, asker)
+    if wanted.order == "desc":
+        messages.reverse()
+    ids = [message["id"] for message in messages]
+    if wanted.after is not None and wanted.after not in ids:
+        raise ApiError(
+            400,
+            f"'after' is {shown(wanted.after)}, which is no message of this completion: give the id of one.",
+            code="invalid_value",
+            param="after",
+        )
+    start = 0 if wanted.after is None else ids.index(wanted.after) + 1
+    return page_of(messages[start:], wanted.limit)
+
+
+@router.delete("/{completion_id}")
+async def delete_chat_completion(request: Request, completion_id: str, asker: Asker) -> dict[str, Any]:
+    """Forgets a completion; one that still runs is cancelled."""
+    await ending.delete(pod_of(request), CHAT, completion_id, asker)
+    return {"id": completion_id, "object": "chat.completion.deleted", "deleted": True}
