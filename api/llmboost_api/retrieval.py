@@ -5,6 +5,7 @@ from datetime import UTC, datetime
 from fastapi import Request, Response
 
 from llmboost.jobs import made_at
+from llmboost.settings import ApiSettings
 from llmboost.streams import BEGINNING, SEAL_ID, Cursor
 from llmboost_api.directory import answered
 from llmboost_api.errors import ApiError
@@ -55,7 +56,7 @@ async def find(
     if queued is None:
         if await answered(lambda: pod.stored.was_deleted(completion_id)):
             raise _unknown(completion_id, endpoint)
-        raise _expired(completion_id, made, pod.settings.retention)
+        raise _expired(completion_id, made, pod.settings)
     if queued.owner != asker:
         raise _unknown(completion_id, endpoint)
     form = decode_form(queued.form)
@@ -85,12 +86,13 @@ def _unknown(completion_id: str, endpoint: Endpoint) -> ApiError:
     )
 
 
-def _expired(completion_id: str, made: float, retention: float) -> ApiError:
+def _expired(completion_id: str, made: float, settings: ApiSettings) -> ApiError:
     when = datetime.fromtimestamp(made, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return ApiError(
         410,
         f"The completion {completion_id!r} of {when} is not kept any more: an answer stays for "
-        f"{retention:g} s after its end, unless it is lost with its server. Send the request again.",
+        f"{settings.retention:g} s after its end, a stored one {settings.response_ttl:g} s, unless it is "
+        "lost with its server. Send the request again.",
         code="completion_expired",
         param="completion_id",
     )
