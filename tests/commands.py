@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TypeVar
 
 import psutil
+
+T = TypeVar("T")
 
 ROOT = Path(__file__).parents[1]
 STANDINS = ROOT / "tests" / "standins"
@@ -167,12 +170,11 @@ def program_path() -> list[Path]:
     return [] if PROGRAM == "llmboost" else [ROOT]
 
 
-def wait_until(
-    condition: Callable[[], object], *, within: float = 20.0, every: float = 0.01, what: str = ""
-) -> None:
-    """Polls until `condition()` is true, from code that isn't async."""
+def wait_until(condition: Callable[[], T], *, within: float = 20.0, every: float = 0.01, what: str = "") -> T:
+    """Polls until `condition()` is true and returns its value, from code that isn't async."""
     deadline = time.monotonic() + within
-    while not condition():
+    while not (value := condition()):
         if time.monotonic() > deadline:
             raise AssertionError(f"not true within {within} s: {what or condition}")
         time.sleep(every)
+    return value
