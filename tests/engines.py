@@ -25,7 +25,14 @@ def scripted_token(request: SequenceRequest, position: int, vocabulary: list[int
 class ScriptedEngine(Engine):
     """Draws from `vocabulary` by `scripted_token`, or from `script` if the test gives one."""
 
-    def __init__(self, vocabulary: list[int], *, max_model_len: int = 1000, eos: int | None = None) -> None:
+    def __init__(
+        self,
+        vocabulary: list[int],
+        *,
+        max_model_len: int = 1000,
+        max_num_seqs: int = 8,
+        eos: int | None = None,
+    ) -> None:
         self.vocabulary = vocabulary
         self.script: Callable[[SequenceRequest, int], int] = lambda request, position: scripted_token(
             request, position, vocabulary
@@ -34,7 +41,7 @@ class ScriptedEngine(Engine):
         """Ids of sequences whose next step fails."""
         self.sequences: dict[str, tuple[SequenceRequest, list[int]]] = {}
         self.info = EngineInfo(
-            max_model_len, 1000, 8, () if eos is None else (eos,), "scripted", "none", "none"
+            max_model_len, 1000, max_num_seqs, () if eos is None else (eos,), "scripted", "none", "none"
         )
         self.closed = False
         self._steps = 0

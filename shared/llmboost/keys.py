@@ -55,9 +55,9 @@ def queue(model: str, job_class: JobClass) -> str:
     return f"llmboost:queue:{model}:{job_class}"
 
 
-def wake(model: str) -> str:
-    """List: one element per enqueued job, popped by workers that wait for work."""
-    return f"llmboost:wake:{model}"
+def wake(model: str, job_class: JobClass) -> str:
+    """List: one element per enqueued job, popped by workers that wait for one of its class."""
+    return f"llmboost:wake:{model}:{job_class}"
 
 
 def leases(model: str) -> str:

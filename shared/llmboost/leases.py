@@ -19,7 +19,7 @@ blame:
 whatever: Redis, the network, its own event loop. Meanwhile the others renew.
 """
 
-from collections.abc import Awaitable, Collection, Sequence
+from collections.abc import Awaitable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -27,12 +27,14 @@ from arq.connections import ArqRedis
 
 from llmboost import keys
 from llmboost.connection import BLOCK_S
-from llmboost.jobs import JOB_CLASSES
+from llmboost.jobs import JOB_CLASSES, JobClass
 from llmboost.lua import NOW, Script
 
 UNBROKEN = 2 / 3
 """Part of a lease: renewals further apart than this are an interruption. A worker that tries to renew five
 times per lease, and waits for no answer longer than a quarter of it, may miss one."""
+WAKE_TOKENS = 1024
+"""Of one list, kept at most; more than that many workers don't wait at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +45,27 @@ class Claim:
     attempt: int
     score: int
     """arq's score: enqueue time in ms."""
+    job_class: JobClass = "interactive"
+    sequences: int = 1
+    """That it keeps an engine busy with: its choices."""
     on_probation: bool = False
     """The worker has it on probation until it says otherwise."""
     used_up: bool = False
     """Its tries are used up: not to be run."""
 
 
+_PUSH = f"""
+local function push(wake)
+  if redis.call('LLEN', wake) < {WAKE_TOKENS} then redis.call('LPUSH', wake, 1) end
+  redis.call('PEXPIRE', wake, 3600000)
+end
+"""
+
 # A claim's hash says where the job waits or goes back to (`queue`, `score`), the model's `leases` and `wake`
-# (names of keys), and its `deaths`, if any.
-_PUT_BACK = """
+# (names of keys), its number of `sequences`, and its `deaths`, if any.
+_PUT_BACK = (
+    _PUSH
+    + """
 local function put_back(id)
   local claim = KEYS[1] .. id
   local queue, leases, wake, score = unpack(redis.call('HMGET', claim, 'queue', 'leases', 'wake', 'score'))
@@ -61,10 +75,10 @@ local function put_back(id)
   redis.call('HSET', claim, 'owner', '')
   -- By its time of enqueueing it is near the head.
   redis.call('ZADD', queue, score, id)
-  redis.call('LPUSH', wake, 1)
-  redis.call('PEXPIRE', wake, 3600000)
+  push(wake)
 end
 """
+)
 
 _MINE = """
 local function mine(id, owner, attempt)
@@ -73,17 +87,18 @@ local function mine(id, owner, attempt)
 end
 """
 
-_WAKE = Script("redis.call('LPUSH', KEYS[1], 1) redis.call('PEXPIRE', KEYS[1], 3600000)")
+_WAKE = Script(_PUSH + "for _, wake in ipairs(KEYS) do push(wake) end")
 
 _CLAIM = Script(
     NOW
     + """
 local claims, leases, probation = unpack(KEYS, 1, 3)
-local count, owner, lease, last = tonumber(ARGV[1]), ARGV[2], ARGV[3], ARGV[4]
-local taken = {}
-local function take(queue, most)
+local owner, lease, last = unpack(ARGV, 1, 3)
+local taken, sequences = {}, 0
+local function take(class, queue, room, most)
   local jobs = redis.call('ZRANGE', queue, '-inf', now + 1, 'BYSCORE', 'LIMIT', 0, most, 'WITHSCORES')
   for i = 1, #jobs, 2 do
+    if sequences >= room then return end
     local id = jobs[i]
     redis.call('ZREM', queue, id)
     local attempt = redis.call('HINCRBY', claims .. id, 'attempt', 1)
@@ -91,22 +106,28 @@ local function take(queue, most)
     -- The hash of a job that expired while it waited has just come back without its TTL.
     if redis.call('PTTL', claims .. id) < 0 then redis.call('PEXPIRE', claims .. id, 3600000) end
     redis.call('ZADD', leases, now + lease, id)
-    taken[#taken + 1] = {id, attempt, jobs[i + 1]}
+    local its = tonumber(redis.call('HGET', claims .. id, 'sequences') or 1)
+    sequences = sequences + its
+    taken[#taken + 1] = {id, attempt, jobs[i + 1], class, its}
   end
 end
-local function take_last_try(queue)
+local function take_last_try(class, queue, room)
   if redis.call('EXISTS', queue) == 0 or redis.call('EXISTS', probation) == 1 then return end
   local before = #taken
-  take(queue, 1)
+  take(class, queue, room, 1)
   local claim = taken[before + 1]
   if not claim then return end
   local used_up = redis.call('HEXISTS', claims .. claim[1], 'used_up')
-  claim[4] = used_up
+  claim[6] = used_up
   if used_up == 0 then redis.call('SET', probation, claim[1], 'PX', 3600000) end
 end
-for i = 4, #KEYS do
-  if #taken < count then take_last_try(KEYS[i] .. last) end
-  if #taken < count then take(KEYS[i], count - #taken) end
+for i = 4, #KEYS, 2 do
+  local class, queue, wake = i / 2 - 2, KEYS[i], KEYS[i + 1]
+  local room = tonumber(ARGV[4 + class])
+  if sequences < room then take_last_try(class, queue .. last, room) end
+  if sequences < room then take(class, queue, room, room - sequences) end
+  -- What is there for jobs that are there no more would wake somebody for nothing.
+  if sequences < room and redis.call('EXISTS', queue .. last) == 0 then redis.call('DEL', wake) end
 end
 return taken
 """
@@ -143,15 +164,12 @@ return lost
 )
 
 _END_PROBATION = Script(
-    """
+    _PUSH
+    + """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return end
 redis.call('DEL', KEYS[1])
-for i = 3, #KEYS do
-  if redis.call('EXISTS', KEYS[i]) == 1 then
-    redis.call('LPUSH', KEYS[2], 1)
-    redis.call('PEXPIRE', KEYS[2], 3600000)
-    return
-  end
+for i = 2, #KEYS, 2 do
+  if redis.call('EXISTS', KEYS[i]) == 1 then push(KEYS[i + 1]) end
 end
 """
 )
@@ -220,36 +238,49 @@ class LeasedJobs:
     def __init__(self, redis: ArqRedis) -> None:
         self.redis = redis
 
-    async def wait(self, model: str, seconds: float = BLOCK_S) -> bool:
-        """Waits for a wake token; false if none came. Blocks a connection for up to `BLOCK_S`."""
-        token = self.redis.blpop([keys.wake(model)], timeout=cast(int, min(seconds, BLOCK_S)))
+    async def wait(
+        self, model: str, seconds: float = BLOCK_S, classes: Sequence[JobClass] = JOB_CLASSES
+    ) -> bool:
+        """Waits for a wake token of one of the classes; false if none came. Blocks a connection for up to
+        `BLOCK_S`."""
+        wakes = [keys.wake(model, each) for each in classes]
+        token = self.redis.blpop(wakes, timeout=cast(int, min(seconds, BLOCK_S)))
         return await cast("Awaitable[Any]", token) is not None
 
-    async def wake(self, model: str) -> None:
-        """Pushes a wake token, as an enqueue does."""
-        await _WAKE(self.redis, [keys.wake(model)], [])
+    async def wake(self, model: str, classes: Sequence[JobClass] = JOB_CLASSES) -> None:
+        """Pushes a wake token for each of the classes, as an enqueue does."""
+        await _WAKE(self.redis, [keys.wake(model, each) for each in classes], [])
 
-    async def claim(self, model: str, count: int, owner: str, lease: float) -> list[Claim]:
-        """Takes up to `count` jobs under a lease (s), oldest first, interactive before batch; and of those
-        on their last try one, unless the owner has one on probation."""
+    async def claim(
+        self, model: str, room: int | Mapping[JobClass, int], owner: str, lease: float
+    ) -> list[Claim]:
+        """Takes jobs under a lease (s), oldest first, interactive before batch; and of those on their last
+        try one, unless the owner has one on probation.
+
+        `room`: for how many sequences there is room. Of batch jobs there may be room for fewer, since they
+        give way to others: those of both classes count against it. The last one taken may need more.
+        """
+        rooms = [room if isinstance(room, int) else room[each] for each in JOB_CLASSES]
         taken = await _CLAIM(
             self.redis,
             [
                 keys.claim(""),
                 keys.leases(model),
                 keys.probation(owner),
-                *(keys.queue(model, each) for each in JOB_CLASSES),
+                *(key(model, each) for each in JOB_CLASSES for key in (keys.queue, keys.wake)),
             ],
-            [count, owner, _ms(lease), keys.LAST],
+            [owner, _ms(lease), keys.LAST, *rooms],
         )
         claims = []
-        for job_id, attempt, score, *last_try in taken:
+        for job_id, attempt, score, job_class, sequences, *last_try in taken:
             used_up = bool(last_try and last_try[0])
             claims.append(
                 Claim(
                     job_id.decode(),
                     attempt,
                     int(float(score)),
+                    JOB_CLASSES[job_class],
+                    sequences,
                     on_probation=bool(last_try) and not used_up,
                     used_up=used_up,
                 )
@@ -278,8 +309,12 @@ class LeasedJobs:
 
     async def end_probation(self, model: str, owner: str, job_id: str) -> None:
         """The job is acquitted, or has ended: the next one on its last try may come."""
-        last_tries = [keys.queue(model, each) + keys.LAST for each in JOB_CLASSES]
-        await _END_PROBATION(self.redis, [keys.probation(owner), keys.wake(model), *last_tries], [job_id])
+        places = [
+            key
+            for each in JOB_CLASSES
+            for key in (keys.queue(model, each) + keys.LAST, keys.wake(model, each))
+        ]
+        await _END_PROBATION(self.redis, [keys.probation(owner), *places], [job_id])
 
     async def release(self, owner: str, claims: Sequence[Claim]) -> list[str]:
         """Hands jobs back to their queue, which costs them no try; returns the ids of those that were no

@@ -20,12 +20,9 @@ from llmboost import entries, keys, streams
 from llmboost.connection import serialize
 from llmboost.entries import NO_FOLLOW_UP, FollowUp, Once, StreamError, Terminal
 from llmboost.jobs import FUNCTION, GenerationJob, JobClass, OpaqueJob, encode
-from llmboost.leases import LeasedJobs
+from llmboost.leases import WAKE_TOKENS, LeasedJobs
 from llmboost.lua import NOW, Script
 from llmboost.streams import SealOutcome, TokenStreams, persist
-
-WAKE_TOKENS = 1024
-"""Tokens kept at most; more than that many workers don't wait at once."""
 
 
 class QueueFull(Exception):
@@ -45,21 +42,21 @@ _SUBMIT = Script(
     + """
 local stream, job, queue, wake, leases, claim, open, audience, once = unpack(KEYS)
 local id, entry_id, entry, definition, ttl, deadline, grace = unpack(ARGV, 1, 7)
-local max_queued, wake_tokens, name = unpack(ARGV, 8, 10)
+local max_queued, wake_tokens, sequences, name = unpack(ARGV, 8, 11)
 if redis.call('EXISTS', stream) == 1 then return 1 end
 if once then
   local before = redis.call('GET', once)
   if before then return before end
 end
 if tonumber(max_queued) > 0 and redis.call('ZCARD', queue) >= tonumber(max_queued) then return 0 end
-redis.call('XADD', stream, entry_id, 'e', entry, unpack(ARGV, 11))
+redis.call('XADD', stream, entry_id, 'e', entry, unpack(ARGV, 12))
 redis.call('PEXPIRE', stream, ttl)
 if once then redis.call('SET', once, name, 'PX', ttl) end
 redis.call('SET', job, definition, 'PX', ttl)
 -- To the microsecond: jobs of one millisecond keep their order.
 local score = string.format('%d.%03d', now, time[2] % 1000)
 redis.call('HSET', claim, 'attempt', 0, 'owner', '', 'score', score,
-           'queue', queue, 'leases', leases, 'wake', wake)
+           'queue', queue, 'leases', leases, 'wake', wake, 'sequences', sequences)
 redis.call('PEXPIRE', claim, ttl)
 redis.call('ZADD', open, deadline, id)
 if tonumber(grace) > 0 then redis.call('ZADD', audience, now + grace, id) end
@@ -146,7 +143,7 @@ class JobQueue(LeasedJobs):
                 keys.stream(job.id),
                 keys.arq_job(job.id),
                 keys.queue(job.model, job.job_class),
-                keys.wake(job.model),
+                keys.wake(job.model, job.job_class),
                 keys.leases(job.model),
                 keys.claim(job.id),
                 keys.OPEN,
@@ -164,6 +161,7 @@ class JobQueue(LeasedJobs):
                 int(audience * 1000) if job.needs_audience else 0,
                 max_queued,
                 WAKE_TOKENS,
+                job.sampling.n,
                 once.value if once else b"",
                 *follow_up.fields(),
             ],

@@ -40,6 +40,10 @@ class WorkerCard(msgspec.Struct, frozen=True):
     """Sequences that hold a slot in the engine."""
     waiting: int
     """Sequences that wait for one in the engine."""
+    output_tokens: int = 0
+    """Computed since it began, those included that were dropped."""
+    evictions: int = 0
+    """Batch jobs that have given way to an interactive one."""
 
 
 _ANNOUNCE = Script(

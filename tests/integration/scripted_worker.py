@@ -26,7 +26,7 @@ def load(settings: WorkerSettings) -> tuple[Any, Any]:
     if sys.argv[1] == "loads":
         threading.Event().wait()
     kind = EndlessStep if sys.argv[1] == "steps" else ScriptedEngine
-    return kind(list(range(60, 90))), byte_level()
+    return kind(list(range(60, 90)), max_num_seqs=settings.max_num_seqs), byte_level()
 
 
 if __name__ == "__main__":

@@ -99,6 +99,35 @@ async def _blocked(queue: JobQueue, count: int) -> bool:
     return (await queue.redis.info("clients"))["blocked_clients"] == count
 
 
+async def test_tokens_of_jobs_that_are_there_no_more_wake_nobody(queue: JobQueue, redis: ArqRedis) -> None:
+    await submit(queue, 5, job_class="batch")
+    assert len(await claimed(queue, 5)) == 5
+    assert await redis.llen(keys.wake(MODEL, "batch")) == 5
+    assert await claimed(queue, 5) == []
+    assert await redis.llen(keys.wake(MODEL, "batch")) == 0
+
+
+async def test_beyond_the_room_for_batch_jobs_only_interactive_ones_are_taken(queue: JobQueue) -> None:
+    batch = await submit(queue, 3, job_class="batch")
+    interactive = await submit(queue, 3)
+    taken = await queue.claim(MODEL, {"interactive": 2, "batch": 0}, "w", LEASE_S)
+    taken += await queue.claim(MODEL, {"interactive": 2, "batch": 2}, "w", LEASE_S)
+    assert [(each.job_id, each.job_class) for each in taken] == [
+        *((job.id, "interactive") for job in interactive),
+        (batch[0].id, "batch"),
+    ]
+
+
+async def test_a_claim_counts_choices(queue: JobQueue) -> None:
+    """The last one taken may need more than there is: else one of many choices would wait for ever."""
+    wide, narrow, last = [*await submit(queue, n=3), *await submit(queue, 2)]
+    claims = await queue.claim(MODEL, 4, "w", LEASE_S)
+    assert [(each.job_id, each.sequences) for each in claims] == [(wide.id, 3), (narrow.id, 1)]
+    await queue.release("w", claims)
+    assert await claimed(queue, 2) == [wide.id]
+    assert await claimed(queue, 2) == [narrow.id, last.id]
+
+
 async def test_a_lapsed_lease_returns_the_job_to_the_head(queue: JobQueue) -> None:
     first, second, third = await submit(queue, 3)
     [claim] = await queue.claim(MODEL, 1, "dead", 0.02)
@@ -315,7 +344,8 @@ async def test_a_finished_job_leaves_only_its_stream(
     [claim] = await queue.claim(MODEL, 1, "w", LEASE_S)
     await streams.seal(job.id, DONE)
     assert await queue.finish(MODEL, claim, "w")
-    assert sorted(await redis.keys("*")) == sorted([keys.stream(job.id).encode(), keys.wake(MODEL).encode()])
+    left = {keys.stream(job.id), keys.wake(MODEL, "interactive")}
+    assert {key.decode() for key in await redis.keys("*")} == left
 
 
 async def test_a_cancelled_job_is_not_claimed(queue: JobQueue) -> None:

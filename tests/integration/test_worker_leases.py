@@ -13,7 +13,7 @@ from arq.connections import ArqRedis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from llmboost import keys
-from llmboost.jobs import GenerationJob
+from llmboost.jobs import JOB_CLASSES, GenerationJob
 from llmboost.leases import Claim
 from llmboost.queue import JobQueue
 from llmboost.streams import TokenStreams
@@ -69,7 +69,7 @@ async def test_a_worker_takes_a_burst_in_small_bites(
 
     monkeypatch.setattr(JobQueue, "claim", noted_claim)
     monkeypatch.setattr(JobQueue, "wait", noted_wait)
-    worker = await start_worker()
+    worker = await start_worker(slots=32)
     await running(worker, len(jobs))
     assert calls[:2] == [("claim", leased.FIRST_BITE), ("claim", len(jobs) - leased.FIRST_BITE)]
 
@@ -347,7 +347,7 @@ async def test_jobs_of_a_claim_under_way_are_handed_over_too(
 
 
 async def _waits_for_work(redis: ArqRedis) -> bool:
-    return (await redis.info("clients"))["blocked_clients"] == 1
+    return (await redis.info("clients"))["blocked_clients"] == len(JOB_CLASSES)
 
 
 async def test_a_prompt_that_is_being_encoded_goes_to_the_next_worker(

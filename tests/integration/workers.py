@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import pytest
 from arq.connections import ArqRedis
@@ -39,7 +40,10 @@ class RunningWorker:
         await self.process.arq.close()
 
 
-StartWorker = Callable[[], Awaitable[RunningWorker]]
+class StartWorker(Protocol):
+    """Starts a worker, ready to serve, whose engine has so many slots."""
+
+    async def __call__(self, slots: int = 8) -> RunningWorker: ...
 
 
 @pytest.fixture
@@ -64,8 +68,8 @@ async def start_worker(
     """Starts workers on one queue; each has its own engine, which steps when told to."""
     workers: list[RunningWorker] = []
 
-    async def start() -> RunningWorker:
-        engine = ScriptedEngine(vocabulary, eos=ids(tokenizer, "!")[0])
+    async def start(slots: int = 8) -> RunningWorker:
+        engine = ScriptedEngine(vocabulary, max_num_seqs=slots, eos=ids(tokenizer, "!")[0])
         settings = WorkerSettings(
             redis_url=redis_url, model=MODEL, lease=LEASE_S, grace=GRACE_S, retention=RETENTION_S
         )

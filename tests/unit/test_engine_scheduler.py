@@ -4,7 +4,7 @@ import torch
 
 from llmboost_worker.engine.interface import EngineInfo
 from llmboost_worker.engine.transformers.cache import LayerShape, SlotCache
-from llmboost_worker.engine.transformers.scheduler import Scheduler
+from llmboost_worker.engine.transformers.scheduler import SAT_OUT, Scheduler
 from llmboost_worker.engine.transformers.sequence import Sequence
 from tests.unit.engine_models import request
 
@@ -134,3 +134,85 @@ def test_remove_forgets_waiting_and_running_alike() -> None:
         simulation.scheduler.remove(id)
     assert simulation.step() == {}
     assert (len(simulation.scheduler.running), simulation.scheduler.num_waiting) == (0, 0)
+
+
+# Classes
+
+
+def test_a_lower_class_gives_up_its_slot_at_the_next_step() -> None:
+    """The one that came last, and no more of them than are needed."""
+    simulation = Simulation(max_num_seqs=3)
+    for id in "abc":
+        simulation.add(id, 5, priority=1)
+    simulation.step()
+    simulation.add("interactive", 5)
+    assert simulation.step() == {"interactive": 5}
+    assert list(simulation.scheduler.running) == ["a", "b", "interactive"]
+    simulation.scheduler.remove("interactive")
+    assert simulation.step() == {"a": 1, "b": 1, "c": 6}
+
+
+def test_a_lower_class_gives_up_its_memory() -> None:
+    simulation = Simulation(room=512)
+    simulation.add("small", 100, priority=1)
+    simulation.add("big", 200, priority=1)
+    for _ in range(3):
+        simulation.step()
+    simulation.add("interactive", 130)
+    simulation.step()
+    assert list(simulation.scheduler.running) == ["small", "interactive"]
+
+
+def test_the_same_class_gives_up_nothing() -> None:
+    for priority in (0, 1):
+        simulation = Simulation(max_num_seqs=1)
+        simulation.add("a", 5, priority)
+        simulation.step()
+        simulation.add("b", 5, priority)
+        assert simulation.step() == {"a": 1}
+
+
+def test_a_lower_class_sits_out_while_a_prompt_of_a_higher_one_is_computed() -> None:
+    """It keeps its slot. What decodes in the higher class has its token in every step."""
+    simulation = Simulation(tokens=100)
+    batch = simulation.add("batch", 5, priority=1)
+    simulation.add("old", 5)
+    simulation.step()
+    simulation.step()
+    simulation.add("new", 150)
+    cached = batch.num_cached
+    assert simulation.step() == {"old": 1, "new": 99}
+    assert simulation.step() == {"old": 1, "new": 51}
+    assert batch.num_cached == cached
+    assert simulation.step() == {"old": 1, "batch": 1, "new": 1}
+
+
+def test_a_lower_class_is_not_begun_beside_a_prompt_of_a_higher_one() -> None:
+    simulation = Simulation()
+    simulation.add("batch", 5, priority=1)
+    simulation.add("interactive", 5)
+    assert simulation.step() == {"interactive": 5}
+    assert simulation.step() == {"interactive": 1, "batch": 5}
+
+
+def test_prompts_without_end_do_not_stop_a_lower_class() -> None:
+    """Neither one that is long, nor many of which each step begins one."""
+    long = Simulation(tokens=20)
+    long.add("batch", 5, priority=1)
+    long.step()
+    long.add("old", 5)
+    long.step()
+    long.step()
+    long.add("long", 300)
+    steps = [long.step() for _ in range(2 * (SAT_OUT + 1))]
+    assert all("old" in step for step in steps)
+    assert ["batch" in step for step in steps] == 2 * [*SAT_OUT * [False], True]
+    many = Simulation()
+    many.add("batch", 5, priority=1)
+    for number in range(10):
+        many.add(str(number), 5)
+        if "batch" in many.step():
+            break
+        many.scheduler.remove(str(number))
+    else:
+        raise AssertionError("it was never begun")

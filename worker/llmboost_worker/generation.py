@@ -3,6 +3,11 @@
 Tokens flow one way and without a task switch each: the engine's step is handed to `Generator.deliver`,
 every `Generation` turns its part into text and hands that to the publisher. The coroutine that runs the
 job only waits for the last of them and seals.
+
+**Priority.** Batch jobs take every free slot and give it up when an interactive one needs it, the youngest
+first. The engine is told at once to drop their sequences and to take on the others, so the slot changes hands
+at its next step, and of a sequence at most the token is lost that it was getting in the step under way. What
+had been delivered is appended, and the job goes back to its queue, near the head.
 """
 
 import asyncio
@@ -44,6 +49,10 @@ class Refused(Exception):
         self.error = error
 
 
+class GaveWay(Exception):
+    """The job is unfinished and goes back to its queue, since another needed its slots."""
+
+
 @dataclass(slots=True)
 class Choice:
     """One of a request's answers while it is being generated."""
@@ -70,6 +79,8 @@ class Generation:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
     """Resolves when every choice has finished, or with the error that ends them all."""
+    gives_way: bool = False
+    """Its sequences are no longer in the engine. What that has handed over before is still taken in."""
     ended: StreamEnded | None = None
     """Why nothing more may be written; it may come when all has been generated and not yet appended."""
 
@@ -77,6 +88,11 @@ class Generation:
         """All choices have finished, or none will."""
         if not self.done.done():
             self.done.set_result(error)
+
+    def give_way(self) -> None:
+        """Another job has its slots."""
+        self.gives_way = True
+        self.end()
 
     def abandon(self, ended: StreamEnded) -> None:
         """The stream is no longer ours to write."""
@@ -111,12 +127,17 @@ class Generator:
         self._by_sequence: dict[str, Generation] = {}
         self.running: dict[str, Generation] = {}
         """By job id."""
+        self.evictions = 0
+        """Jobs that gave way while they ran."""
 
     async def run(self, job: GenerationJob, attempt: int) -> None:
         """Generates until the request has ended, and seals its stream.
 
         Returns too if the stream was ended by somebody else or taken over by a later attempt. Cancelling it
         leaves the stream open, to be continued by the next attempt.
+
+        Raises:
+            GaveWay: the same, since another job has its slots.
         """
         writer = Writer(job.id, attempt)
         generation = Generation(job, Outbox(writer, on_end=lambda ended: generation.abandon(ended)))
@@ -126,6 +147,9 @@ class Generator:
             logger.info("%s", ended)
         except Refused as refused:
             await self._seal(writer, refused.error, None)
+        except GaveWay:
+            logger.info("%s gives way, to be continued later", job.id)
+            raise
         except Exception as error:
             logger.exception("%s failed", job.id)
             await self._seal(
@@ -151,16 +175,44 @@ class Generator:
             generation.end()
         for request in requests:
             self._by_sequence[request.id] = generation
-        self._engine.add(requests)
+        self._admit(generation, requests)
         error = await generation.done
+        if generation.gives_way:
+            await asyncio.sleep(0)  # what the engine is just handing over is not lost
         await generation.outbox.empty.wait()
         if generation.ended is not None:
             # What was not appended has been discarded: sealing now would end the stream without it.
             raise generation.ended
+        if generation.gives_way and generation.live_sequences:
+            raise GaveWay
         usage = Usage(
             generation.prompt_tokens, sum(choice.position for choice in generation.sequences.values())
         )
         await self._seal(writer, error, usage)
+
+    def _admit(self, generation: Generation, requests: list[SequenceRequest]) -> None:
+        """Hands sequences to the engine, and takes others out of it if they don't fit beside them."""
+        others = [each for each in self.running.values() if each is not generation and not each.gives_way]
+        free = self._info.max_num_seqs - sum(len(each.live_sequences) for each in others)
+        if generation.job.job_class == "batch":
+            if requests and free <= 0:  # an interactive job was quicker
+                generation.give_way()
+                return
+            self._engine.add(requests)
+            return
+        batch = [each for each in others if each.job.job_class == "batch" and each.live_sequences]
+        batch.sort(key=lambda each: each.job.created)
+        leaving: list[str] = []
+        while batch and free < len(requests):
+            youngest = batch.pop()
+            leaving += youngest.live_sequences
+            free += len(youngest.live_sequences)
+            youngest.give_way()
+            self.evictions += 1
+        # In this order: a step that began in between would find a slot free and nobody to take it.
+        self._engine.add(requests)
+        if leaving:
+            self._engine.cancel(leaving)
 
     async def _seal(self, writer: Writer, error: StreamError | None, usage: Usage | None) -> None:
         by = f"{self._worker}/{writer.attempt}"
@@ -299,7 +351,7 @@ class Generator:
         stopped: list[str] = []
         for output in step:
             generation = self._by_sequence.get(output.id)
-            if generation is None or generation.done.done():
+            if generation is None or (generation.done.done() and not generation.gives_way):
                 continue
             choice = generation.sequences[output.id]
             if choice.finish_reason is not None:

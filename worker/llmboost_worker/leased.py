@@ -6,7 +6,9 @@ in this, and in nothing else:
 1. **Claim.** arq leaves running jobs in the queue's sorted set and probes each with four round trips at every
    poll. Here one script takes up to k jobs out of the queue and under a lease (`LeasedJobs.claim`).
 2. **Poll.** arq sleeps half a second between polls. Here a worker with free slots waits for a wake token,
-   which every enqueue pushes, and one without waits for a slot.
+   which every enqueue pushes, and one without waits for a slot. One that is full of batch jobs waits for an
+   interactive one too, since they give way to it (`generation`). Slots are counted in sequences, of which a
+   job has one per choice.
 3. **Lease.** arq marks a job as running for job_timeout + 10 s, so a killed worker's jobs wait that long.
    Here the mark is a short lease, renewed by heartbeat; when it lapses any live worker returns the job.
 4. **Finish.** arq deletes the job whoever runs it now. Here a script compares owner and attempt first, and a
@@ -36,19 +38,21 @@ from arq.worker import Worker
 from redis.exceptions import RedisError
 
 from llmboost import keys
-from llmboost.connection import BLOCK_S, deserialize, serialize
+from llmboost.connection import deserialize, serialize
 from llmboost.entries import StreamError, Terminal
+from llmboost.jobs import JOB_CLASSES, JobClass
 from llmboost.leases import Claim
 from llmboost.queue import JobQueue
 from llmboost.streams import Writer, persist
+from llmboost_worker.wakes import Wakes
 
 logger = logging.getLogger(__name__)
 
 NO_TIMEOUT_S = 10 * 365 * 86400
 """arq wants a limit on a job's run time; ours is the request's deadline, kept by the reaper."""
 FIRST_BITE = 8
-"""Jobs that a claim takes at most, so that idle workers share a burst. One that gets all it asked for asks at
-once for twice as many, so alone it is soon full."""
+"""Sequences that a claim takes at most, so that idle workers share a burst. One that gets all it asked for
+asks at once for twice as many, so alone it is soon full."""
 ACQUITTED_AFTER_S = 1.0
 """An attempt that has appended tokens for so long is not what kills its worker."""
 HAND_OVER_S = 1.5
@@ -103,6 +107,7 @@ class LeasedWorker(Worker):
         self._settling: set[str] = set()
         """Ids of claims whose finish or release is on its way."""
         self._slot_freed = asyncio.Event()
+        self._wakes = Wakes(queue, model)
         self._bite = FIRST_BITE
         self._claiming: asyncio.Task[list[Claim]] | None = None
         self._going: asyncio.Task[None] | None = None
@@ -129,34 +134,40 @@ class LeasedWorker(Worker):
 
     async def _claim_or_wait(self) -> None:
         self._slot_freed.clear()
-        free = self.max_jobs - self.job_counter
-        if free <= 0 or not self.allow_pick_jobs:
-            await self._slot_freed.wait()
-            return
-        count = min(free, self._bite)
-        self._claiming = self.loop.create_task(self._claim(count))
-        claims = await self._claiming
-        self._bite = max(FIRST_BITE, 2 * count) if len(claims) == count else FIRST_BITE
-        for claim in claims:
-            if self.claims.get(claim.job_id) is claim:  # else handed over already
-                await self._start(claim)
-        if not claims:
-            await self.queue.wait(self.model, BLOCK_S)
+        room = self.room()
+        wanted = [each for each in JOB_CLASSES if room[each] > 0 and self.allow_pick_jobs]
+        if wanted:
+            bites = {each: min(room[each], self._bite) for each in JOB_CLASSES}
+            self._claiming = self.loop.create_task(self._claim(bites))
+            claims = await self._claiming
+            had_all = sum(claim.sequences for claim in claims) >= bites[wanted[-1]]
+            self._bite = max(FIRST_BITE, 2 * bites[wanted[-1]]) if had_all else FIRST_BITE
+            for claim in claims:
+                if self.claims.get(claim.job_id) is claim:  # else handed over already
+                    self._start(claim)
+            if claims:
+                return
+        await self._wakes.wait(wanted, self._slot_freed)
 
-    async def _claim(self, count: int) -> list[Claim]:
-        claims = await self.queue.claim(self.model, count, self.owner, self.lease)
+    def room(self) -> dict[JobClass, int]:
+        """Sequences of each class that this worker could take on: batch jobs give way to interactive ones."""
+        held = dict.fromkeys(JOB_CLASSES, 0)
+        for claim in self.claims.values():
+            held[claim.job_class] += claim.sequences
+        free = self.max_jobs - held["interactive"]
+        return {"interactive": max(0, free), "batch": max(0, free - held["batch"])}
+
+    async def _claim(self, room: dict[JobClass, int]) -> list[Claim]:
+        claims = await self.queue.claim(self.model, room, self.owner, self.lease)
         for claim in claims:
             self.claims[claim.job_id] = claim
             if claim.on_probation:
                 self._probation = claim
         return claims
 
-    async def _start(self, claim: Claim) -> None:
-        await self.sem.acquire()
-        self.job_counter += 1
+    def _start(self, claim: Claim) -> None:
         task = self.loop.create_task(self._run(claim, self.tasks.get(claim.job_id)))
         self.tasks[claim.job_id] = task
-        task.add_done_callback(lambda _: self._release_sem_dec_counter_on_complete())
 
     async def _run(self, claim: Claim, before: "asyncio.Task[None] | None") -> None:
         """arq's job runner; a job that did not get as far as its function goes back to the queue.
@@ -273,6 +284,7 @@ class LeasedWorker(Worker):
         assert self._going is not None
         await self._going
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
+        await self._wakes.aclose()
         if self.on_shutdown:
             await self.on_shutdown(self.ctx)
         await self.pool.aclose()

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import uvloop
-from arq.worker import func
+from arq.worker import RetryJob, func
 from redis.exceptions import RedisError
 
 from llmboost import logs
@@ -26,7 +26,7 @@ from llmboost.settings import WorkerSettings
 from llmboost.streams import StreamFenced, TokenStreams, persist
 from llmboost_worker.audience import AudienceWatch
 from llmboost_worker.engine.interface import Engine, EngineError, EngineInfo, StepOutput
-from llmboost_worker.generation import Generator
+from llmboost_worker.generation import GaveWay, Generator
 from llmboost_worker.leased import LeasedWorker, current_claim
 from llmboost_worker.models import locate
 from llmboost_worker.publisher import Publisher
@@ -100,6 +100,7 @@ class WorkerProcess:
             loop.call_soon_threadsafe(self._engine_failed, error)
 
         info = await _in_thread(lambda: engine.start(on_step, on_failure))
+        self.arq.max_jobs = info.max_num_seqs
         self.generator = Generator(engine, info, tokenizer, self.streams, self.publisher, self.id)
         self.cards = [
             ModelCard(name, self.names[0], info.max_model_len, int(time.time())) for name in self.names
@@ -162,7 +163,10 @@ class WorkerProcess:
 
     async def generate(self, ctx: dict[Any, Any], opaque: OpaqueJob) -> None:
         """arq's function: runs one job."""
-        await self._generator.run(opaque.decode(), current_claim.get().attempt)
+        try:
+            await self._generator.run(opaque.decode(), current_claim.get().attempt)
+        except GaveWay:
+            raise RetryJob from None
 
     @property
     def _generator(self) -> Generator:
@@ -223,7 +227,15 @@ class WorkerProcess:
         assert self.engine is not None
         stats = self.engine.stats()
         card = WorkerCard(
-            self.id, self.names[0], info.engine, info.device, info.max_num_seqs, stats.running, stats.waiting
+            self.id,
+            self.names[0],
+            info.engine,
+            info.device,
+            info.max_num_seqs,
+            stats.running,
+            stats.waiting,
+            stats.output_tokens,
+            self._generator.evictions,
         )
         await self.registry.announce(card, self.cards, self.settings.lease)
 

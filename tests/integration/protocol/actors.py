@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from arq.connections import ArqRedis
-from arq.worker import func
+from arq.worker import RetryJob, func
 from redis.asyncio import ConnectionPool
 from redis.exceptions import RedisError
 
@@ -21,7 +21,7 @@ from llmboost.entries import StreamError, Terminal
 from llmboost.jobs import FUNCTION, GenerationJob, OpaqueJob, Prompt
 from llmboost.queue import JobQueue
 from llmboost.streams import StreamFenced, TokenStreams, persist, position
-from llmboost_worker.generation import Generator
+from llmboost_worker.generation import GaveWay, Generator
 from llmboost_worker.leased import LeasedWorker, current_claim
 from llmboost_worker.publisher import Outbox, Publisher
 from llmboost_worker.text import encode_prompt
@@ -147,7 +147,7 @@ class Worker(Actor):
 
     def __init__(self, name: str, slots: int) -> None:
         super().__init__()
-        self.engine = ScriptedEngine(VOCABULARY)
+        self.engine = ScriptedEngine(VOCABULARY, max_num_seqs=slots)
         self.publisher = NotingPublisher(self.redis, self.streams)
         self.generator = Generator(
             self.engine, self.engine.info, byte_level(), self.streams, self.publisher, name
@@ -171,7 +171,10 @@ class Worker(Actor):
         self.leaving = False
 
     async def _generate(self, ctx: dict[Any, Any], opaque: OpaqueJob) -> None:
-        await self.generator.run(opaque.decode(), current_claim.get().attempt)
+        try:
+            await self.generator.run(opaque.decode(), current_claim.get().attempt)
+        except GaveWay:
+            raise RetryJob from None
 
     def cue(self, name: str) -> None:
         match name:
@@ -208,7 +211,7 @@ class Worker(Actor):
             tuple((claim.job_id, claim.attempt) for claim in self.arq.claims.values()),
             tuple(written),
             (*self.wrong, *(["its publisher has ended"] if self.background.done() else [])),
-            can_poll=not self.leaving and self._rests("poll") and self.arq.job_counter < self.arq.max_jobs,
+            can_poll=not self.leaving and self._rests("poll") and any(self.arq.room().values()),
             can_step=bool(self.engine.sequences),
             can_renew=self._rests("renew"),
             can_leave=not self.leaving,
@@ -223,7 +226,6 @@ class Worker(Actor):
             self.arq.claims,
             sorted(self.arq._settling),
             self.arq._probation,
-            self.arq.job_counter,
             self._generations,
             list(self.publisher._ready.values()),
             [(name, output) for name, (_, output) in self.engine.sequences.items()],

@@ -25,6 +25,7 @@ class Sequence:
         self.id = request.id
         self.sampling = sampling
         self.choice = request.choice
+        self.priority = request.priority
         self.rank = (request.priority, arrival)
         """Smaller is served first and preempted last."""
         self.tokens = request.prompt_ids + request.output_ids
