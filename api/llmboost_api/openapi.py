@@ -9,8 +9,9 @@ from pydantic.json_schema import models_json_schema
 from llmboost_api.protocol.chat import ChatRequest
 from llmboost_api.protocol.completions import CompletionRequest
 from llmboost_api.protocol.request import RequestModel
+from llmboost_api.protocol.responses.request import ResponseRequest
 
-MODELS: tuple[type[RequestModel], ...] = (ChatRequest, CompletionRequest)
+MODELS: tuple[type[RequestModel], ...] = (ChatRequest, CompletionRequest, ResponseRequest)
 _REF = "#/components/schemas/{model}"
 
 ERROR_SCHEMA = {
