@@ -16,6 +16,7 @@ class Answer:
         self._id = completion_id
         self._choices = [Choice() for _ in range(form.n * form.jobs)]
         self._usage = Usage(0, 0)
+        self._ended_at: float | None = None
         self._open_jobs = form.jobs
 
     @property
@@ -32,19 +33,17 @@ class Answer:
         for _, entry in entries:
             if isinstance(entry, Delta):
                 for delta in entry.choices:
-                    choice = self._choices[job * self._form.n + delta.index]
-                    choice.texts.append(delta.text)
-                    choice.logprobs += delta.logprobs or ()
-                    choice.finish_reason = delta.finish_reason or choice.finish_reason
+                    self._choices[job * self._form.n + delta.index].add(delta)
             elif isinstance(entry, Terminal):
                 if entry.error is not None:
                     raise errors.from_stream(entry.error)
                 self._usage = add_usage(self._usage, entry.usage)
+                self._ended_at = entry.at
                 self._open_jobs -= 1
 
     def encode(self, metadata: Mapping[str, str] | None = None) -> bytes:
-        """The answer as JSON, in its endpoint's form; a stored one with its metadata."""
-        whole = self._form.shape(self._id).whole(self._choices, self._usage)
+        """The answer as JSON, in its endpoint's form; a stored completion with its metadata."""
+        whole = self._form.whole(self._id, self._choices, self._usage, self._ended_at)
         return whole if metadata is None else b'%b,"metadata":%b}' % (whole[:-1], encode_json(metadata))
 
 

@@ -10,7 +10,7 @@ from llmboost.settings import ApiSettings
 from llmboost_api import errors, openapi
 from llmboost_api.middleware import RequestContext, allow_origins
 from llmboost_api.pod import Pod
-from llmboost_api.routes import chat, completions, health, models, stored
+from llmboost_api.routes import chat, completions, health, models, responses, stored
 from llmboost_api.server import PodServer
 
 
@@ -38,7 +38,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     errors.install(app)
     app.add_middleware(RequestContext)
     allow_origins(app, settings.allowed_origins)  # The last is the outermost: it sees all answers.
-    for routes in (chat, stored, completions, models, health):
+    for routes in (chat, stored, completions, responses, models, health):
         app.include_router(routes.router)
     openapi.install(app)
     return app

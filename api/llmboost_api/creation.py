@@ -12,6 +12,7 @@ from llmboost_api.middleware import rename_request
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.form import Endpoint
 from llmboost_api.reply import Reply
+from llmboost_api.sse import Framer
 from llmboost_api.stored import StoredAnswer
 from llmboost_api.submission import make_submission, submit
 
@@ -49,5 +50,6 @@ async def create(request: Request, endpoint: Endpoint, asker: str, key: str | No
     completion_id, form = await submit(pod, make, completion_id, name)
     rename_request(request, completion_id)
     generation = pod.generations.follow(completion_id, form, again=name is not None)
+    framer = Framer(form, completion_id, event_ids=pod.settings.event_ids) if asked.stream else None
     metadata = None if stored is None else stored.metadata
-    return Reply(generation, pod.settings, stream=asked.stream, metadata=metadata)
+    return Reply(generation, pod.settings, framer, metadata=metadata)

@@ -37,10 +37,13 @@ class ApiError(Exception):
         self.param = param
         self.headers = dict(headers or {})
 
+    def object(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        return {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+
     def body(self) -> bytes:
-        """OpenAI's error object, as JSON."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
-        return msgspec.json.encode({"error": error})
+        """The error as the JSON of a response."""
+        return msgspec.json.encode({"error": self.object()})
 
     def frame(self) -> bytes:
         """The error in a stream of events. No `[DONE]` follows."""

@@ -14,8 +14,7 @@ from llmboost_api import errors
 from llmboost_api.answer import Answer
 from llmboost_api.errors import ApiError
 from llmboost_api.generation import Generation, discard
-from llmboost_api.resume import ResumePoint
-from llmboost_api.sse import RETRY, Framer, event_source
+from llmboost_api.sse import RETRY, Frames, event_source
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +26,15 @@ class Reply(Response):
         self,
         generation: Generation,
         settings: ApiSettings,
+        framer: Frames | None = None,
         *,
-        stream: bool,
-        after: ResumePoint | None = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        """`after`: where the stream goes on. `metadata`: of a stored answer."""
+        """`framer`: makes its stream; None: it is answered whole. `metadata`: of a stored completion."""
         super().__init__()
         self._generation = generation
         self._settings = settings
-        self._streamed = stream
-        self._after = after
+        self._framer = framer
         self._metadata = metadata
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -46,8 +43,8 @@ class Reply(Response):
         ClientDisconnect: the client left before anything was sent.
         """
         async with self._generation:
-            if self._streamed:
-                await self._stream(scope, receive, send)
+            if self._framer is not None:
+                await self._stream(self._framer, scope, receive, send)
             else:
                 whole = asyncio.create_task(self._whole())
                 await _attended(whole, receive, seconds=None)
@@ -64,15 +61,9 @@ class Reply(Response):
 
     # Streamed
 
-    async def _stream(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _stream(self, framer: Frames, scope: Scope, receive: Receive, send: Send) -> None:
         """No header goes out before there is something to send, so an early failure has its own status;
         but a request that waits long gets its headers and keep-alives."""
-        framer = Framer(
-            self._generation.form,
-            self._generation.id,
-            event_ids=self._settings.event_ids,
-            after=self._after,
-        )
         async with aclosing(self._frames(framer)) as frames:
             first = asyncio.create_task(_next(frames))
             try:
@@ -81,18 +72,21 @@ class Reply(Response):
                     first.result()  # An error of its own, if it failed.
                     if framer.early_error is not None:
                         raise errors.from_stream(framer.early_error)
-                await event_source(self._shown(first, frames), self._settings)(scope, receive, send)
+                shown = self._shown(framer, first, frames)
+                await event_source(shown, self._settings)(scope, receive, send)
             finally:
                 await discard(first)
 
-    async def _frames(self, framer: Framer) -> AsyncGenerator[bytes]:
+    async def _frames(self, framer: Frames) -> AsyncGenerator[bytes]:
         async for step in self._generation:
             if frames := framer.frames(step):
                 yield frames
             if framer.ended:
                 return
 
-    async def _shown(self, first: "asyncio.Task[bytes]", rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async def _shown(
+        self, framer: Frames, first: "asyncio.Task[bytes]", rest: AsyncIterator[bytes]
+    ) -> AsyncIterator[bytes]:
         """The frames, the first of which are being waited for already; a failure becomes a frame."""
         opening = RETRY if self._generation.again else b""
         try:
@@ -101,10 +95,10 @@ class Reply(Response):
             async for frames in rest:
                 yield frames
         except ApiError as error:
-            yield opening + error.frame()
+            yield opening + framer.failure(error)
         except Exception:
             logger.exception("internal error: request_id=%s", self._generation.id)
-            yield opening + errors.internal(self._generation.id).frame()
+            yield opening + framer.failure(errors.internal(self._generation.id))
 
 
 async def _next(frames: AsyncIterator[bytes]) -> bytes:

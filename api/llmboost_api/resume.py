@@ -1,5 +1,6 @@
 """How a completion is asked for again: whole or as a stream, and where in the stream to go on."""
 
+from collections.abc import Set
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -63,18 +64,25 @@ async def reading(
     Raises:
         ApiError: a parameter is unknown or wrong (400).
     """
-    for name in sorted(request.query_params.keys() - _PARAMETERS):
+    refuse_unknown(request, _PARAMETERS)
+    streamed = stream is not None and boolean("stream", stream)
+    after = _resume_point(last_event_id, starting_after)
+    if after is not None and not streamed:
+        raise after.refused("that is only for streams. Add ?stream=true, or leave it out.")
+    return Reading(streamed, after)
+
+
+def refuse_unknown(request: Request, known: Set[str]) -> None:
+    """Raises:
+    ApiError: the URL has a parameter that is not among these (400).
+    """
+    for name in sorted(request.query_params.keys() - known):
         raise ApiError(
             400,
             f"{shown(name)} is not a parameter that this server knows. Remove it from the URL.",
             code="unknown_parameter",
             param=name[:60],
         )
-    streamed = stream is not None and _boolean("stream", stream)
-    after = _resume_point(last_event_id, starting_after)
-    if after is not None and not streamed:
-        raise after.refused("that is only for streams. Add ?stream=true, or leave it out.")
-    return Reading(streamed, after)
 
 
 async def beginning(
@@ -95,7 +103,12 @@ async def beginning(
         )
 
 
-def _boolean(param: str, given: str) -> bool:
+def boolean(param: str, given: str) -> bool:
+    """A query parameter's value.
+
+    Raises:
+        ApiError: it is none (400).
+    """
     value = _BOOLEANS.get(given.lower())
     if value is None:
         message = f"'{param}' is {shown(given)}, but it must be true or false."

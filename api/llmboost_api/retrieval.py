@@ -14,6 +14,7 @@ from llmboost_api.pod import Pod, pod_of
 from llmboost_api.protocol.form import ENDPOINTS, Endpoint, Form, decode_form
 from llmboost_api.reply import Reply
 from llmboost_api.resume import Reading, ResumePoint, shown
+from llmboost_api.sse import Framer
 
 
 async def retrieve(
@@ -30,14 +31,12 @@ async def retrieve(
     rename_request(request, completion_id)
     if reading.after is not None and reading.after.cursor == Cursor(SEAL_ID):
         return Response(status_code=204)  # It has had everything; this is what ends an EventSource.
-    record = None if reading.stream else await answered(lambda: pod.stored.get(completion_id))
-    return Reply(
-        pod.generations.follow(completion_id, form, again=True),
-        pod.settings,
-        stream=reading.stream,
-        after=reading.after,
-        metadata=None if record is None else record.metadata,
-    )
+    generation = pod.generations.follow(completion_id, form, again=True)
+    if not reading.stream:
+        record = await answered(lambda: pod.stored.get(completion_id))
+        return Reply(generation, pod.settings, metadata=None if record is None else record.metadata)
+    framer = Framer(form, completion_id, event_ids=pod.settings.event_ids, after=reading.after)
+    return Reply(generation, pod.settings, framer)
 
 
 async def find(
@@ -49,14 +48,14 @@ async def find(
         ApiError: as `retrieve`.
     """
     made = made_at(completion_id)
-    if made is None or not completion_id.startswith(f"{endpoint.prefix}-"):
+    if made is None or not endpoint.made(completion_id):
         raise _unknown(completion_id, endpoint)
     entry_id = BEGINNING if after is None else after.cursor.entry_id
     queued, found = await answered(lambda: pod.streams.find(completion_id, entry_id))
     if queued is None:
         if await answered(lambda: pod.stored.was_deleted(completion_id)):
             raise _unknown(completion_id, endpoint)
-        raise _expired(completion_id, made, pod.settings)
+        raise _expired(completion_id, made, endpoint, pod.settings)
     if queued.owner != asker:
         raise _unknown(completion_id, endpoint)
     form = decode_form(queued.form)
@@ -76,23 +75,23 @@ def _unknown(completion_id: str, endpoint: Endpoint) -> ApiError:
     """Also if it is another key's: whether there is one is nobody else's business."""
     remedy = "Check the id; only the API key that made it can read it."
     for other in ENDPOINTS:
-        if other is not endpoint and completion_id.startswith(f"{other.prefix}-"):
-            remedy = f"Ids that begin with '{other.prefix}-' are read at GET {other.path}/{{id}}."
+        if other is not endpoint and other.made(completion_id):
+            remedy = f"Ids that begin with '{other.stem}' are read at GET {other.path}/{{id}}."
     return ApiError(
         404,
-        f"There is no completion {shown(completion_id)} here. {remedy}",
-        code="completion_not_found",
-        param="completion_id",
+        f"There is no {endpoint.noun} {shown(completion_id)} here. {remedy}",
+        code=f"{endpoint.noun}_not_found",
+        param=f"{endpoint.noun}_id",
     )
 
 
-def _expired(completion_id: str, made: float, settings: ApiSettings) -> ApiError:
+def _expired(completion_id: str, made: float, endpoint: Endpoint, settings: ApiSettings) -> ApiError:
     when = datetime.fromtimestamp(made, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
     return ApiError(
         410,
-        f"The completion {completion_id!r} of {when} is not kept any more: an answer stays for "
-        f"{settings.retention:g} s after its end, a stored one {settings.response_ttl:g} s, unless it is "
+        f"The {endpoint.noun} {completion_id!r} of {when} is not kept any more: an answer stays for "
+        f"{settings.retention:g} s after its end, a stored one for {settings.response_ttl:g} s, unless it is "
         "lost with its server. Send the request again.",
-        code="completion_expired",
-        param="completion_id",
+        code=f"{endpoint.noun}_expired",
+        param=f"{endpoint.noun}_id",
     )

@@ -6,7 +6,7 @@ back gets the frames that follow it, wherever the connection broke.
 
 from collections import defaultdict
 from collections.abc import AsyncIterator, Callable
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from sse_starlette import EventSourceResponse
 
@@ -15,6 +15,7 @@ from llmboost.settings import ApiSettings
 from llmboost.streams import frame_ids, position
 from llmboost_api import errors
 from llmboost_api.answer import add_usage
+from llmboost_api.errors import ApiError
 from llmboost_api.generation import Step
 from llmboost_api.protocol.form import Form
 from llmboost_api.resume import ResumePoint
@@ -45,8 +46,22 @@ def event_source(frames: AsyncIterator[bytes], settings: ApiSettings) -> EventSo
     )
 
 
+class Frames(Protocol):
+    """What a protocol makes of the entries of one answer."""
+
+    ended: bool
+    early_error: StreamError | None
+    """In which the stream ended before it had shown anything."""
+
+    def frames(self, step: Step, /) -> bytes:
+        """All frames of entries that came together, for one write. May be none."""
+
+    def failure(self, error: ApiError, /) -> bytes:
+        """What ends a stream that this pod can't go on with."""
+
+
 class Framer:
-    """One response's stream: chunks, and what OpenAI's protocol wants around them."""
+    """A stream of chunks, and what OpenAI's protocol wants around them."""
 
     def __init__(
         self, form: Form, completion_id: str, *, event_ids: bool, after: ResumePoint | None = None
@@ -54,7 +69,6 @@ class Framer:
         """With `after`, nothing comes out but what follows it; all before it is taken all the same."""
         self.ended = False
         self.early_error: StreamError | None = None
-        """In which the stream ended before it had shown anything."""
         self._shape = form.shape(completion_id)
         self._n = form.n
         self._open_jobs = form.jobs
@@ -83,6 +97,10 @@ class Framer:
                 frames = self._following(self._after, entry_id, frames)
             out += frames
         return b"".join(out)
+
+    def failure(self, error: ApiError) -> bytes:
+        """As a frame without an id: the stream may go on elsewhere."""
+        return error.frame()
 
     def _following(self, after: ResumePoint, entry_id: str, frames: list[bytes]) -> list[bytes]:
         """Those of an entry's frames that the client has not had."""

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import msgspec
 
 FIELD = b"e"
-"""The one field of an entry in Redis: its msgpack."""
+"""The field of an entry in Redis that holds its msgpack. Others are the scripts'."""
+SEALED_AT = b"at"
+"""Beside the terminal entry: the time (ms) at which it was written."""
 
 
 class StreamError(msgspec.Struct, frozen=True, array_like=True):
@@ -82,6 +84,8 @@ class Terminal(msgspec.Struct, frozen=True, array_like=True, tag="terminal"):
     """Who sealed it, so that after a lost reply the sealer knows its own entry."""
     usage: Usage | None = None
     error: StreamError | None = None
+    at: float | None = None
+    """Unix time (s) of the seal, by the server's clock: read, never written, so a seal can be sent again."""
 
 
 Entry = Queued | Started | Delta | Terminal
@@ -139,4 +143,11 @@ def encode(entry: Entry) -> bytes:
 
 def decode(raw: "Sequence[tuple[bytes, dict[bytes, bytes]]]") -> list[ReadEntry]:
     """Entries of an XRANGE or XREAD reply."""
-    return [(entry_id.decode(), _decode(fields[FIELD])) for entry_id, fields in raw]
+    return [(entry_id.decode(), _entry(fields)) for entry_id, fields in raw]
+
+
+def _entry(fields: dict[bytes, bytes]) -> Entry:
+    entry: Entry = _decode(fields[FIELD])
+    if isinstance(entry, Terminal) and SEALED_AT in fields:
+        return msgspec.structs.replace(entry, at=int(fields[SEALED_AT]) / 1000)
+    return entry

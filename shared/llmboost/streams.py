@@ -200,7 +200,7 @@ elseif top[1] == seal_id then
 elseif attempt ~= '' and tonumber(string.match(top[1], '^%d+')) > tonumber(attempt) then
   return 'fenced'
 else
-  redis.call('XADD', KEYS[1], seal_id, 'e', payload)
+  redis.call('XADD', KEYS[1], seal_id, 'e', payload, 'at', now)
   follow_up()
   outcome = 'written'
 end

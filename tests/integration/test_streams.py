@@ -7,6 +7,7 @@ from redis.exceptions import ResponseError
 
 from llmboost import keys
 from llmboost.entries import ChoiceDelta, Delta, Entry, Queued, StreamError, Terminal
+from llmboost.jobs import now
 from llmboost.queue import JobQueue
 from llmboost.streams import (
     SEAL_ID,
@@ -136,7 +137,22 @@ async def test_the_first_seal_wins_and_nothing_follows_it(streams: TokenStreams,
         await append(streams, writer, delta(0, 10))
     with pytest.raises(StreamSealed):
         await streams.begin(Writer(job_id, 2), "w")
-    assert [entry for _, entry in await streams.read(job_id)][-1] == CANCELLED
+    *_, (_, last) = await streams.read(job_id)
+    assert isinstance(last, Terminal)
+    assert (last.by, last.error) == (CANCELLED.by, CANCELLED.error)
+
+
+async def test_a_seal_says_when_it_was_made(streams: TokenStreams, job_id: str) -> None:
+    """By the server's clock, whoever sealed; sealing again changes nothing."""
+    before = now()
+    assert await streams.seal(job_id, CANCELLED) is SealOutcome.WRITTEN
+    *_, (_, first) = await streams.read(job_id)
+    assert await streams.seal(job_id, CANCELLED) is SealOutcome.WRITTEN
+    *_, (_, again) = await streams.read(job_id)
+    assert isinstance(first, Terminal)
+    assert first.at is not None
+    assert before - 0.001 <= first.at <= now()
+    assert again == first
 
 
 async def test_a_sealer_whose_reply_was_lost_knows_its_own_entry(streams: TokenStreams, job_id: str) -> None:

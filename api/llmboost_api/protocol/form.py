@@ -5,11 +5,14 @@ from dataclasses import dataclass
 
 import msgspec
 
+from llmboost.entries import Terminal, Usage
 from llmboost.jobs import GenerationJob
 from llmboost_api.protocol.chat import ChatRequest, ChatShape
 from llmboost_api.protocol.completions import CompletionRequest, CompletionShape
+from llmboost_api.protocol.responses.object import Progress, ResponseObject
+from llmboost_api.protocol.responses.request import ResponseRequest
 from llmboost_api.protocol.sampling import GenerationRequest
-from llmboost_api.protocol.shape import Shape
+from llmboost_api.protocol.shape import Choice, Shape, encode_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,12 +24,25 @@ class Endpoint:
     prefix: str
     """Of its ids."""
     request: type[GenerationRequest]
-    shape: type[ChatShape] | type[CompletionShape]
+    shape: type[ChatShape] | type[CompletionShape] | None
+    """What writes its chunks; None: it has no chunks, but events."""
+    noun: str = "completion"
+    """What it makes, in errors."""
+
+    def made(self, completion_id: str) -> bool:
+        """Whether the id is one of its own."""
+        return completion_id.startswith(self.stem)
+
+    @property
+    def stem(self) -> str:
+        """With what its ids begin."""
+        return self.prefix if self.prefix.endswith("_") else f"{self.prefix}-"
 
 
 CHAT = Endpoint("chat", "/v1/chat/completions", "chatcmpl", ChatRequest, ChatShape)
 COMPLETIONS = Endpoint("completions", "/v1/completions", "cmpl", CompletionRequest, CompletionShape)
-ENDPOINTS = (CHAT, COMPLETIONS)
+RESPONSES = Endpoint("responses", "/v1/responses", "resp_", ResponseRequest, None, "response")
+ENDPOINTS = (CHAT, COMPLETIONS, RESPONSES)
 _BY_NAME = {endpoint.name: endpoint for endpoint in ENDPOINTS}
 
 
@@ -48,6 +64,8 @@ class Form(msgspec.Struct, frozen=True, array_like=True):
     """Every chunk but the last says that it carries no usage."""
     usage: bool
     """A stream ends with a usage chunk."""
+    repeated: bytes = b""
+    """Of a response: what its object repeats of the request, as JSON."""
 
     @classmethod
     def of(
@@ -70,6 +88,7 @@ class Form(msgspec.Struct, frozen=True, array_like=True):
             logprobs=first.sampling.top_logprobs is not None,
             usage_null=asked.include_usage,
             usage=asked.include_usage or always_usage,
+            repeated=asked.repeated,
         )
 
     @property
@@ -77,10 +96,25 @@ class Form(msgspec.Struct, frozen=True, array_like=True):
         return _BY_NAME[self.endpoint_name]
 
     def shape(self, completion_id: str) -> Shape:
-        """What writes it."""
-        return self.endpoint.shape(
+        """What writes it, unless it is a response."""
+        shape = self.endpoint.shape
+        assert shape is not None
+        return shape(
             completion_id, self.created, self.model, logprobs=self.logprobs, usage_null=self.usage_null
         )
+
+    def response(self, response_id: str) -> ResponseObject:
+        """What writes it, if it is one."""
+        return ResponseObject(response_id, self.created, self.model, self.repeated)
+
+    def whole(
+        self, completion_id: str, choices: Sequence[Choice], usage: Usage, ended_at: float | None
+    ) -> bytes:
+        """The whole answer, as JSON. `ended_at`: Unix time (s), if it is known."""
+        if self.endpoint.shape is None:
+            progress = Progress(choices[0], started=True, terminal=Terminal("", usage, at=ended_at))
+            return encode_json(self.response(completion_id).at(progress))
+        return self.shape(completion_id).whole(choices, usage)
 
     def encode(self) -> bytes:
         """The form as it is kept."""

@@ -140,6 +140,11 @@ class GenerationRequest(RequestModel, ABC):
         """The metadata to be kept with it."""
         return {}
 
+    @property
+    def repeated(self) -> bytes:
+        """What the answer repeats of the request, as JSON."""
+        return b""
+
     @abstractmethod
     def prompts(self) -> list[Prompt]:
         """What the worker is to continue: one job each."""

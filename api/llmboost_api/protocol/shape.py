@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import msgspec
 
-from llmboost.entries import TokenLogprob, Usage
+from llmboost.entries import ChoiceDelta, TokenLogprob, Usage
 
 encode_json = msgspec.json.Encoder().encode
 
@@ -25,6 +25,12 @@ class Choice:
     @property
     def text(self) -> str:
         return "".join(self.texts)
+
+    def add(self, delta: ChoiceDelta) -> None:
+        """What one step added."""
+        self.texts.append(delta.text)
+        self.logprobs += delta.logprobs or ()
+        self.finish_reason = delta.finish_reason or self.finish_reason
 
 
 class Shape(Protocol):

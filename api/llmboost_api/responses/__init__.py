@@ -1,0 +1,1 @@
+"""Responses on their way: created, followed in a conversation, retrieved and listed."""
