@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llmboost.temporary import TemporaryFolder
-from tests.waiting import wait_until
+from tests.commands import wait_until
 
 
 def test_it_is_gone_once_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,7 +22,7 @@ def test_it_is_gone_once_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder.close()
 
 
-async def test_it_is_gone_once_its_process_is_killed(tmp_path: Path) -> None:
+def test_it_is_gone_once_its_process_is_killed(tmp_path: Path) -> None:
     """Nothing else is."""
     (tmp_path / "ours-not").mkdir()
     code = (
@@ -33,4 +33,4 @@ async def test_it_is_gone_once_its_process_is_killed(tmp_path: Path) -> None:
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     subprocess.run([sys.executable, "-c", code], env={"TMPDIR": str(tmp_path)}, timeout=60, check=False)
-    await wait_until(lambda: [path.name for path in tmp_path.iterdir()] == ["ours-not"])
+    wait_until(lambda: [path.name for path in tmp_path.iterdir()] == ["ours-not"])

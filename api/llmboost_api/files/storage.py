@@ -101,6 +101,10 @@ class FileStorage:
         """Removes an object; there may be none."""
         await self.run(self._folder.delete, checked(name))
 
+    async def discard(self, name: str) -> None:
+        """Removes an object, and what killed writers of it have left."""
+        await self.run(self._folder.discard, checked(name))
+
     async def delete_all(self, prefix: str) -> None:
         """Removes all objects under a name, such as `batch-1` for `batch-1/…`."""
         await self.run(self._folder.delete_all, checked(prefix))
