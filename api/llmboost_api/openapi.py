@@ -72,6 +72,39 @@ ANSWERS_AGAIN: dict[int | str, dict[str, Any]] = {
     204: {"description": "The whole stream has been received already: nothing follows."},
 }
 
+OBJECT: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The object.", "content": {"application/json": {"schema": {"type": "object"}}}},
+    "4XX": ANSWERS["4XX"],
+}
+
+CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The bytes of the file.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    "4XX": ANSWERS["4XX"],
+}
+
+FILE_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "allOf": [
+                        {"$ref": _REF.format(model=FileRequest.__name__)},
+                        {
+                            "type": "object",
+                            "properties": {"file": {"type": "string", "format": "binary"}},
+                            "required": ["file"],
+                        },
+                    ]
+                }
+            }
+        },
+    }
+}
+
 
 def install(app: FastAPI) -> None:
     """Makes `app.openapi()` name the models of request bodies."""
