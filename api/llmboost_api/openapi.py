@@ -8,9 +8,10 @@ from pydantic.json_schema import models_json_schema
 
 from llmboost_api.protocol.chat import ChatRequest
 from llmboost_api.protocol.completions import CompletionRequest
+from llmboost_api.protocol.files import FileRequest
 from llmboost_api.protocol.request import RequestModel
 
-MODELS: tuple[type[RequestModel], ...] = (ChatRequest, CompletionRequest)
+MODELS: tuple[type[RequestModel], ...] = (ChatRequest, CompletionRequest, FileRequest)
 _REF = "#/components/schemas/{model}"
 
 ERROR_SCHEMA = {
@@ -58,6 +59,39 @@ ANSWERS: dict[int | str, dict[str, Any]] = {
 ANSWERS_AGAIN: dict[int | str, dict[str, Any]] = {
     **ANSWERS,
     204: {"description": "The whole stream has been received already: nothing follows."},
+}
+
+OBJECT: dict[int | str, dict[str, Any]] = {
+    200: {"description": "The object.", "content": {"application/json": {"schema": {"type": "object"}}}},
+    "4XX": ANSWERS["4XX"],
+}
+
+CONTENT: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The bytes of the file.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    },
+    "4XX": ANSWERS["4XX"],
+}
+
+FILE_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "allOf": [
+                        {"$ref": _REF.format(model=FileRequest.__name__)},
+                        {
+                            "type": "object",
+                            "properties": {"file": {"type": "string", "format": "binary"}},
+                            "required": ["file"],
+                        },
+                    ]
+                }
+            }
+        },
+    }
 }
 
 

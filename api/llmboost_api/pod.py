@@ -13,10 +13,12 @@ from llmboost.connection import connect
 from llmboost.queue import JobQueue
 from llmboost.reaper import reap_forever
 from llmboost.registry import Registry
-from llmboost.settings import ApiSettings
+from llmboost.settings import ApiSettings, default_files_url
 from llmboost.streams import TokenStreams
 from llmboost.tailer import Tailer
 from llmboost_api.directory import ModelDirectory
+from llmboost_api.files.files import Files
+from llmboost_api.files.storage import FileStorage
 from llmboost_api.generation import Generations, discard
 from llmboost_api.stored import StoredAnswers
 
@@ -25,7 +27,7 @@ class Pod:
     """One API process; `async with Pod(settings):` runs it. Lives on while Redis is away.
 
     Raises:
-        ValueError: no Redis URL was given, or it is none.
+        ValueError: no Redis URL was given, or it is none, or files can't be kept where they should be.
     """
 
     def __init__(self, settings: ApiSettings) -> None:
@@ -44,12 +46,14 @@ class Pod:
         self.tailer = Tailer(self.streams, redis_url=settings.redis_url, grace=settings.grace)
         self.stored = StoredAnswers(self.redis, settings.response_ttl)
         self.generations = Generations(self.queue, self.tailer, settings, self.id)
+        self.files = Files(self.redis, FileStorage(settings.files_url or default_files_url()))
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "Pod":
         self._stack.push_async_callback(self.redis.aclose)
         await self._stack.enter_async_context(self.tailer)
         await self._stack.enter_async_context(self.generations)
+        await self._stack.enter_async_context(self.files)
         reaper = asyncio.create_task(reap_forever(self.queue, self.id))
         self._stack.push_async_callback(discard, reaper)
         return self

@@ -98,3 +98,17 @@ def arq_job(job_id: str) -> str:
 def arq_retry(job_id: str) -> str:
     """arq's count of starts; here, there while an attempt has begun and may yet kill its worker."""
     return str(retry_key_prefix + job_id)
+
+
+FILES_DUE = "llmboost:files-due"
+"""Sorted set: `<owner>:<file id>`, by the time (ms) at which nothing of that file is to be left."""
+
+
+def file(file_id: str) -> str:
+    """String (msgpack): the record of a file; expires with it."""
+    return f"llmboost:file:{file_id}"
+
+
+def files(owner: str) -> str:
+    """Sorted set: ids of the files of an API key, by the time (µs) of their making."""
+    return f"llmboost:files:{owner}"

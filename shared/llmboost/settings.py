@@ -3,6 +3,7 @@
 A flag `--lease` is the environment variable `LLMBOOST_LEASE` is the field `lease`. Times are seconds.
 """
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
@@ -22,6 +23,12 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 DEMO_MODEL = "llmboost-demo"
 """The model in the repository; a name like any other, found without a hub."""
+
+
+def default_files_url() -> str:
+    """Where files are kept if nothing else is said: one folder for all pods of a user on a machine."""
+    home = os.environ.get("XDG_DATA_HOME") or os.path.expanduser("~/.local/share")
+    return os.path.join(home, "llmboost", "files")
 
 
 def _split(value: object) -> object:
@@ -109,6 +116,16 @@ class ApiSettings(CommonSettings):
     )
     max_request_bytes: PositiveInt = Field(
         8 * 1024 * 1024, description="Largest request body; beyond it 413."
+    )
+    files_url: str | None = Field(
+        None,
+        description="Where files are kept: a local folder, or s3://bucket/prefix, for which keys, region and "
+        "endpoint are in the usual AWS_* variables. All pods must be given the same. Default: "
+        "~/.local/share/llmboost/files; with `serve`, the folder `files` in --data-dir or, if it has an "
+        "embedded Redis that keeps nothing, a folder that is removed at the end.",
+    )
+    max_file_bytes: PositiveInt = Field(
+        512 * 1024 * 1024, description="Largest file that may be uploaded; beyond it 413."
     )
     always_include_usage: bool = Field(
         False, description="Send the usage chunk at the end of every stream, asked for or not."

@@ -1,0 +1,32 @@
+"""POST and GET /v1/files: what a client says of a file, and of a list of files."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from llmboost_api.protocol.request import RequestModel
+
+Purpose = Literal["assistants", "batch", "fine-tune", "vision", "user_data", "evals"]
+"""What a client may give; the batch runner makes others."""
+
+HOUR_S, MONTH_S = 3600, 30 * 24 * 3600
+
+
+class ExpiresAfter(RequestModel):
+    """When a file is to go by itself."""
+
+    anchor: Literal["created_at"]
+    seconds: Annotated[int, Field(ge=HOUR_S, le=MONTH_S)]
+
+
+class FileRequest(RequestModel):
+    """The fields of a form beside the file itself."""
+
+    purpose: Purpose
+    expires_after: ExpiresAfter | None = None
+
+    def expires_at(self, created: int) -> int | None:
+        """When it goes, if it does: those of batches do, as OpenAI's."""
+        if self.expires_after is not None:
+            return created + self.expires_after.seconds
+        return created + MONTH_S if self.purpose == "batch" else None

@@ -1,0 +1,126 @@
+"""POST and GET /v1/files, GET and DELETE /v1/files/{id}, GET /v1/files/{id}/content."""
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Annotated, Any
+from urllib.parse import quote
+
+from fastapi import APIRouter, Depends, Request, Response
+from fastapi.responses import StreamingResponse
+
+from llmboost_api import openapi
+from llmboost_api.auth import owner
+from llmboost_api.errors import NO_RETRY, ApiError
+from llmboost_api.files.listing import Listing, listing
+from llmboost_api.files.record import FileRecord
+from llmboost_api.files.storage import NoSuchObject
+from llmboost_api.files.upload import receive
+from llmboost_api.pod import Pod, pod_of
+from llmboost_api.resume import shown
+
+router = APIRouter(prefix="/v1", tags=["files"])
+
+Asker = Annotated[str, Depends(owner)]
+
+
+@router.post("/files", openapi_extra=openapi.FILE_FORM, responses=openapi.OBJECT)
+async def create_file(request: Request, asker: Asker) -> dict[str, Any]:
+    """Takes in a file."""
+    pod = pod_of(request)
+    record = await receive(request, pod.files, asker, pod.settings.max_file_bytes)
+    return record.to_object()
+
+
+@router.get("/files", responses=openapi.OBJECT)
+async def list_files(
+    request: Request, asker: Asker, wanted: Annotated[Listing, Depends(listing)]
+) -> dict[str, Any]:
+    """The key's files, page by page."""
+    records, more = await pod_of(request).files.page(
+        asker,
+        after=wanted.after,
+        limit=wanted.limit,
+        newest_first=wanted.newest_first,
+        purpose=wanted.purpose,
+    )
+    return {
+        "object": "list",
+        "data": [record.to_object() for record in records],
+        "first_id": records[0].id if records else None,
+        "last_id": records[-1].id if records else None,
+        "has_more": more,
+    }
+
+
+@router.get("/files/{file_id}", responses=openapi.OBJECT)
+async def retrieve_file(request: Request, file_id: str, asker: Asker) -> dict[str, Any]:
+    """What is known of a file."""
+    return (await find(pod_of(request), asker, file_id)).to_object()
+
+
+@router.get("/files/{file_id}/content", responses=openapi.CONTENT, response_class=Response)
+async def retrieve_file_content(request: Request, file_id: str, asker: Asker) -> Response:
+    """Its bytes."""
+    pod = pod_of(request)
+    record = await find(pod, asker, file_id)
+    pieces = pod.files.read(record)
+    try:
+        # Before the headers go out, so that a storage that fails is a proper error.
+        first = await anext(pieces, b"")
+    except NoSuchObject:
+        raise ApiError(
+            500,
+            f"The bytes of the file {file_id} are lost: the storage has no such object. Upload it again.",
+            type="server_error",
+            code="file_lost",
+            headers=NO_RETRY,
+        ) from None
+    headers = {"content-length": str(record.bytes), "content-disposition": _attachment(record.filename)}
+    return StreamingResponse(_content(first, pieces), headers=headers, media_type="application/octet-stream")
+
+
+@router.delete("/files/{file_id}", responses=openapi.OBJECT)
+async def delete_file(request: Request, file_id: str, asker: Asker) -> dict[str, Any]:
+    """Removes a file."""
+    if not await pod_of(request).files.delete(asker, file_id):
+        raise unknown_file(file_id)
+    return {"id": file_id, "object": "file", "deleted": True}
+
+
+async def find(pod: Pod, asker: str, file_id: str, param: str = "file_id") -> FileRecord:
+    """One of the asker's files.
+
+    Raises:
+        ApiError: there is none (404), named by `param`; or Redis can't be asked (503).
+    """
+    record = await pod.files.get(asker, file_id)
+    if record is None:
+        raise unknown_file(file_id, param)
+    return record
+
+
+def unknown_file(file_id: str, param: str = "file_id") -> ApiError:
+    """Also if it is another key's: whether there is one is nobody else's business."""
+    return ApiError(
+        404,
+        f"There is no file {shown(file_id)} here. Check the id: the file may have expired or been deleted, "
+        "and only the API key that made it can see it.",
+        code="file_not_found",
+        param=param,
+    )
+
+
+async def _content(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async with aclosing(rest):  # type: ignore[type-var]
+        if first:
+            yield first
+        async for piece in rest:
+            yield piece
+
+
+def _attachment(filename: str) -> str:
+    """A file to be saved; its name in RFC 8187's form if it is more than plain ASCII."""
+    quoted = quote(filename, safe="")
+    if quoted == filename:
+        return f'attachment; filename="{filename}"'
+    return f"attachment; filename*=utf-8''{quoted}"

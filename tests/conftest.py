@@ -1,0 +1,13 @@
+"""For all tests."""
+
+from collections.abc import Iterator
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _files_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Pods keep no files in the home folder of whoever runs the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMBOOST_FILES_URL", str(tmp_path_factory.mktemp("files")))
+        yield
