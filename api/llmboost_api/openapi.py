@@ -6,12 +6,13 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic.json_schema import models_json_schema
 
+from llmboost_api.protocol.batches import BatchRequest
 from llmboost_api.protocol.chat import ChatRequest
 from llmboost_api.protocol.completions import CompletionRequest
 from llmboost_api.protocol.files import FileRequest
 from llmboost_api.protocol.request import RequestModel
 
-MODELS: tuple[type[RequestModel], ...] = (ChatRequest, CompletionRequest, FileRequest)
+MODELS: tuple[type[RequestModel], ...] = (BatchRequest, ChatRequest, CompletionRequest, FileRequest)
 _REF = "#/components/schemas/{model}"
 
 ERROR_SCHEMA = {
