@@ -24,6 +24,11 @@ class Answer:
         """Every job has been sealed."""
         return self._open_jobs == 0
 
+    @property
+    def usage(self) -> Usage:
+        """Of the jobs that have ended."""
+        return self._usage
+
     def take(self, job: int, entries: Iterable[ReadEntry]) -> None:
         """The next entries of one job's stream.
 

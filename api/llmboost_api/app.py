@@ -10,10 +10,11 @@ from fastapi import FastAPI
 from llmboost import logs
 from llmboost.settings import ApiSettings
 from llmboost_api import errors, openapi
+from llmboost_api.batches.runner import BatchRunner
 from llmboost_api.files.storage import StorageError
 from llmboost_api.middleware import RequestContext, allow_origins
 from llmboost_api.pod import Pod
-from llmboost_api.routes import chat, completions, files, health, models, responses, stored
+from llmboost_api.routes import batches, chat, completions, files, health, models, responses, stored
 from llmboost_api.server import PodServer
 
 logger = logging.getLogger(__name__)
@@ -26,10 +27,11 @@ def create_app(settings: ApiSettings) -> FastAPI:
         ValueError: no Redis URL was given, or it is none, or files can't be kept where they should be.
     """
     pod = Pod(settings)
+    runner = BatchRunner(pod)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with pod:
+        async with pod, runner:
             yield
 
     app = FastAPI(
@@ -40,10 +42,11 @@ def create_app(settings: ApiSettings) -> FastAPI:
         redoc_url=None,
     )
     app.state.pod = pod
+    app.state.batch_runner = runner
     errors.install(app)
     app.add_middleware(RequestContext)
     allow_origins(app, settings.allowed_origins)  # The last is the outermost: it sees all answers.
-    for routes in (chat, stored, completions, responses, files, models, health):
+    for routes in (chat, stored, completions, responses, files, batches, models, health):
         app.include_router(routes.router)
     openapi.install(app)
     return app

@@ -79,21 +79,35 @@ def parse(body: bytes) -> dict[str, Any]:
     Raises:
         ApiError: 400, says where it is not one.
     """
-    if not body.strip():
-        raise _malformed("it is empty; send a JSON object")
     try:
-        data = msgspec.json.decode(body)
+        return parse_object(body)
+    except Malformed as malformed:
+        raise ApiError(
+            400, f"The request body can't be read as JSON: {malformed}.", code="invalid_json"
+        ) from None
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """As `parse`, of any text.
+
+    Raises:
+        Malformed: it is no such object.
+    """
+    if not text.strip():
+        raise Malformed("it is empty; send a JSON object")
+    try:
+        data = msgspec.json.decode(text)
     except RecursionError:
-        raise _malformed("it is nested too deeply") from None
+        raise Malformed("it is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        _diagnose(body, error)
+        _diagnose(text, error)
     if not isinstance(data, dict):
-        raise _malformed('it must be an object, such as {"model": …}')
+        raise Malformed('it must be an object, such as {"model": …}')
     return data
 
 
-def _malformed(why: str) -> ApiError:
-    return ApiError(400, f"The request body can't be read as JSON: {why}.", code="invalid_json")
+class Malformed(Exception):
+    """What should be a JSON object is none; `str()` says why."""
 
 
 def _diagnose(body: bytes, error: Exception) -> NoReturn:
@@ -101,25 +115,25 @@ def _diagnose(body: bytes, error: Exception) -> NoReturn:
     try:
         text = body.decode()
     except UnicodeDecodeError as bad:
-        raise _malformed(f"byte {bad.start} is not UTF-8 (a lone surrogate, or another encoding)") from None
+        raise Malformed(f"byte {bad.start} is not UTF-8 (a lone surrogate, or another encoding)") from None
 
     def refuse_constant(name: str) -> NoReturn:
-        raise _malformed(f"{name} is not a JSON number")
+        raise Malformed(f"{name} is not a JSON number")
 
     try:
         surrogate = _find_surrogate(json.loads(text, parse_constant=refuse_constant))
     except json.JSONDecodeError as bad:
-        raise _malformed(f"{bad.msg} at line {bad.lineno}, column {bad.colno}") from None
+        raise Malformed(f"{bad.msg} at line {bad.lineno}, column {bad.colno}") from None
     except RecursionError:
-        raise _malformed("it is nested too deeply") from None
+        raise Malformed("it is nested too deeply") from None
     except ValueError:  # an integer of thousands of digits
-        raise _malformed("it holds a number out of range") from None
+        raise Malformed("it holds a number out of range") from None
     if surrogate is not None:
-        raise _malformed(
+        raise Malformed(
             f"a string holds the lone surrogate \\u{ord(surrogate):04x}, which is no character; "
             "send surrogates in pairs, or the character itself in UTF-8"
         )
-    raise _malformed(str(error))
+    raise Malformed(str(error))
 
 
 def _find_surrogate(value: Any) -> str | None:

@@ -32,10 +32,24 @@ ERROR_SCHEMA = {
 
 def body_of(model: type[RequestModel]) -> dict[str, Any]:
     """For a route's `openapi_extra`."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _named(model)}}}}
+
+
+def form_of(model: type[RequestModel]) -> dict[str, Any]:
+    """For the `openapi_extra` of a route that takes a file, and what the model says beside it."""
+    file = {
+        "type": "object",
+        "properties": {"file": {"type": "string", "format": "binary"}},
+        "required": ["file"],
+    }
+    content = {"multipart/form-data": {"schema": {"allOf": [_named(model), file]}}}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _named(model: type[RequestModel]) -> dict[str, Any]:
     if model not in MODELS:
         MODELS.append(model)
-    schema = {"$ref": _REF.format(model=model.__name__)}
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    return {"$ref": _REF.format(model=model.__name__)}
 
 
 def query_of(model: type[RequestModel]) -> dict[str, Any]:
@@ -74,7 +88,7 @@ ANSWERS_AGAIN: dict[int | str, dict[str, Any]] = {
 
 OBJECT: dict[int | str, dict[str, Any]] = {
     200: {"description": "The object.", "content": {"application/json": {"schema": {"type": "object"}}}},
-    "4XX": ANSWERS["4XX"],
+    **ERRORS,
 }
 
 CONTENT: dict[int | str, dict[str, Any]] = {
@@ -82,29 +96,8 @@ CONTENT: dict[int | str, dict[str, Any]] = {
         "description": "The bytes of the file.",
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     },
-    "4XX": ANSWERS["4XX"],
+    **ERRORS,
 }
-
-FILE_FORM: dict[str, Any] = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "allOf": [
-                        {"$ref": _REF.format(model=FileRequest.__name__)},
-                        {
-                            "type": "object",
-                            "properties": {"file": {"type": "string", "format": "binary"}},
-                            "required": ["file"],
-                        },
-                    ]
-                }
-            }
-        },
-    }
-}
-
 
 def install(app: FastAPI) -> None:
     """Makes `app.openapi()` name the models of request bodies."""

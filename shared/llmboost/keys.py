@@ -112,3 +112,33 @@ def file(file_id: str) -> str:
 def files(owner: str) -> str:
     """Sorted set: ids of the files of an API key, by the time (µs) of their making."""
     return f"llmboost:files:{owner}"
+
+
+BATCHES = "llmboost:batches"
+"""Sorted set: id of every batch of which something is left to do, by the time (ms) from which a runner may
+take it."""
+
+
+def batch(batch_id: str) -> str:
+    """Hash: the record of a batch, how far it is, and which runner has it."""
+    return f"llmboost:batch:{batch_id}"
+
+
+def batch_lines(batch_id: str) -> str:
+    """Bitmap: the lines of a batch whose result is in one of its parts (line 1 is bit 0)."""
+    return f"llmboost:batch-lines:{batch_id}"
+
+
+def batch_parts(batch_id: str) -> str:
+    """Sorted set: the objects that hold results of a batch, in the order in which they were committed."""
+    return f"llmboost:batch-parts:{batch_id}"
+
+
+def batch_sealed(batch_id: str) -> str:
+    """List: ids of streams of a batch that have been sealed; a hint, for it may be lost with its reader."""
+    return f"llmboost:batch-sealed:{batch_id}"
+
+
+def batches(owner: str) -> str:
+    """Sorted set: ids of the batches of an API key, by the time (µs) of their making."""
+    return f"llmboost:batches:{owner}"

@@ -127,6 +127,9 @@ class ApiSettings(CommonSettings):
     max_file_bytes: PositiveInt = Field(
         512 * 1024 * 1024, description="Largest file that may be uploaded; beyond it 413."
     )
+    batch_runner: bool = Field(
+        True, description="Run batches in this pod. At least one pod must, or they wait for one that does."
+    )
     always_include_usage: bool = Field(
         False, description="Send the usage chunk at the end of every stream, asked for or not."
     )

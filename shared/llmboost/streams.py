@@ -351,6 +351,13 @@ class TokenStreams(Audience):
         entries = await self.redis.xrevrange(keys.stream(job_id), count=1)
         return cast(bytes, entries[0][0]).decode() if entries else None
 
+    async def sealed(self, job_ids: Sequence[str]) -> list[bool | None]:
+        """Whether each stream has been sealed; None: there is no such stream."""
+        pipe = self.redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.xrevrange(keys.stream(job_id), count=1)
+        return [top[0][0] == SEAL_ID.encode() if top else None for top in await pipe.execute()]
+
     async def read(self, job_id: str) -> list[ReadEntry]:
         """All entries so far, without waiting; none too if there is no stream."""
         return decode(await self.redis.xrange(keys.stream(job_id)))
