@@ -19,13 +19,14 @@ from llmboost.tailer import Tailer
 from llmboost_api.directory import ModelDirectory
 from llmboost_api.generation import Generations, discard
 from llmboost_api.stored import StoredAnswers
+from llmboost_api.webhooks.delivery import Webhooks
 
 
 class Pod:
     """One API process; `async with Pod(settings):` runs it. Lives on while Redis is away.
 
     Raises:
-        ValueError: no Redis URL was given, or it is none.
+        ValueError: no Redis URL was given, or it is none; or webhooks can't be delivered as they are set.
     """
 
     def __init__(self, settings: ApiSettings) -> None:
@@ -44,12 +45,14 @@ class Pod:
         self.tailer = Tailer(self.streams, redis_url=settings.redis_url, grace=settings.grace)
         self.stored = StoredAnswers(self.redis, settings.response_ttl)
         self.generations = Generations(self.queue, self.tailer, settings, self.id)
+        self.webhooks = Webhooks(self.redis, self.streams, settings)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "Pod":
         self._stack.push_async_callback(self.redis.aclose)
         await self._stack.enter_async_context(self.tailer)
         await self._stack.enter_async_context(self.generations)
+        await self._stack.enter_async_context(self.webhooks)
         reaper = asyncio.create_task(reap_forever(self.queue, self.id))
         self._stack.push_async_callback(discard, reaper)
         return self
