@@ -99,6 +99,7 @@ CONTENT: dict[int | str, dict[str, Any]] = {
     **ERRORS,
 }
 
+
 def install(app: FastAPI) -> None:
     """Makes `app.openapi()` name the models of request bodies."""
 

@@ -22,13 +22,15 @@ from llmboost_api.files.files import Files
 from llmboost_api.files.storage import FileStorage
 from llmboost_api.generation import Generations, discard
 from llmboost_api.stored import StoredAnswers
+from llmboost_api.webhooks.delivery import Webhooks
 
 
 class Pod:
     """One API process; `async with Pod(settings):` runs it. Lives on while Redis is away.
 
     Raises:
-        ValueError: no Redis URL was given, or it is none, or files can't be kept where they should be.
+        ValueError: no Redis URL was given, or it is none; files can't be kept where they should be; or webhooks
+            can't be delivered as they are set.
     """
 
     def __init__(self, settings: ApiSettings) -> None:
@@ -49,6 +51,7 @@ class Pod:
         self.generations = Generations(self.queue, self.tailer, settings, self.id)
         self.files = Files(self.redis, FileStorage(settings.files_url or default_files_url()))
         self.batches = BatchStore(self.redis, settings.response_ttl)
+        self.webhooks = Webhooks(self.redis, self.streams, settings)
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> "Pod":
@@ -56,6 +59,7 @@ class Pod:
         await self._stack.enter_async_context(self.tailer)
         await self._stack.enter_async_context(self.generations)
         await self._stack.enter_async_context(self.files)
+        await self._stack.enter_async_context(self.webhooks)
         reaper = asyncio.create_task(reap_forever(self.queue, self.id))
         self._stack.push_async_callback(discard, reaper)
         return self

@@ -21,6 +21,10 @@ WORKERS = "llmboost:workers"
 """Sorted set: id of a worker, by the time (ms) at which its last heartbeat lapses."""
 
 
+WEBHOOKS = "llmboost:webhooks"
+"""Sorted set, arq's: ids of the jobs that announce an end and deliver webhooks, by when they are due (ms)."""
+
+
 def stream(job_id: str) -> str:
     """The token stream of one request (`llmboost.streams`)."""
     return f"llmboost:stream:{{{job_id}}}"

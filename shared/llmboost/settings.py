@@ -3,6 +3,8 @@
 A flag `--lease` is the environment variable `LLMBOOST_LEASE` is the field `lease`. Times are seconds.
 """
 
+import base64
+import binascii
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -54,6 +56,44 @@ def _origins(values: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Origins = Annotated[Names, AfterValidator(_origins)]
+
+
+def _webhook_urls(values: tuple[str, ...]) -> tuple[str, ...]:
+    """What is wrong is said without the URL: it may hold a token."""
+    for value in values:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise ValueError("must begin with https:// or http:// and a host")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError(f"must hold no user or password ({parts.hostname}): webhooks are signed instead")
+        if parts.fragment or not value.isascii() or not value.isprintable() or " " in value:
+            raise ValueError(f"must be a URL as it is sent, without blanks and # ({parts.hostname})")
+        _ = parts.port  # raises ValueError, in words of its own
+    return values
+
+
+WebhookUrls = Annotated[Names, AfterValidator(_webhook_urls)]
+
+WEBHOOK_SECRET = "whsec_"
+"""Before the base64 of a webhook's secret."""
+_MIN_SECRET_BYTES = 16
+
+
+def _webhook_secrets(values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        try:
+            size = len(base64.b64decode(value.removeprefix(WEBHOOK_SECRET), validate=True))
+        except binascii.Error:
+            size = 0
+        if not value.startswith(WEBHOOK_SECRET) or size < _MIN_SECRET_BYTES:
+            raise ValueError(
+                f"must be {WEBHOOK_SECRET} and the base64 of {_MIN_SECRET_BYTES} bytes or more; a new one: "
+                f"echo {WEBHOOK_SECRET}$(openssl rand -base64 32)"
+            )
+    return values
+
+
+WebhookSecrets = Annotated[Names, AfterValidator(_webhook_secrets)]
 
 
 def _redis_url(value: str) -> str:
@@ -154,6 +194,17 @@ class ApiSettings(CommonSettings):
     )
     drain_timeout: NonNegativeFloat = Field(
         30.0, description="Seconds that running responses get to finish when the pod is told to go."
+    )
+    webhook_url: WebhookUrls = Field(
+        (), description="URLs that are told of the end of background responses and batches."
+    )
+    webhook_secret: WebhookSecrets = Field(
+        (),
+        description="Secret that signs webhooks: `whsec_` and base64. Several, while one replaces another: "
+        "each signs.",
+    )
+    webhook_allow_private: bool = Field(
+        False, description="Let webhooks go to private addresses, such as localhost or 10.0.0.1."
     )
 
 

@@ -14,6 +14,8 @@ from llmboost.cli import commands, serve
 from llmboost.settings import ServeSettings, WorkerSettings, variable
 from tests.commands import ROOT
 
+SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+
 
 @pytest.fixture(autouse=True)
 def _bare_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -81,6 +83,15 @@ def test_a_folder_is_taken_as_it_is(
         ("serve --port 99999", "--port '99999'"),
         ("serve --host no.such.host.invalid", "--host 'no.such.host.invalid'"),
         ("api", "--redis-url (or LLMBOOST_REDIS_URL) is needed"),
+        (
+            "api --redis-url redis://localhost --webhook-url https://hooks.example",
+            "--webhook-secret (or LLMBOOST_WEBHOOK_SECRET) is needed with --webhook-url",
+        ),
+        (
+            f"serve --port 0 --webhook-url http://127.1/token --webhook-secret {SECRET}",
+            "--webhook-url names 127.1, a private address; if webhooks are to go there, "
+            "give --webhook-allow-private",
+        ),
         ("worker", "--redis-url (or LLMBOOST_REDIS_URL) is needed"),
         ("worker /no/such/model --redis-url redis://localhost", "does not exist"),
         ("worker --port 1 --redis-url redis://localhost", "unknown flag --port"),

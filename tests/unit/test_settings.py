@@ -18,6 +18,8 @@ from llmboost.settings import (
 )
 
 ROOT = Path(__file__).parents[2]
+OLD_SECRET = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"
+NEW_SECRET = "whsec_RdvaYFYUXuIFuEbvZHwMfYFhUf7aMYjYcmM24+Aj40c="
 CLASSES = (ApiSettings, WorkerSettings, ServeSettings)
 FIELDS = [(settings, name) for settings in CLASSES for name in settings.model_fields]
 
@@ -39,6 +41,10 @@ def sample(settings: type[CommonSettings], name: str) -> tuple[str, Any]:
         return str(not field.default).lower(), not field.default
     if name == "allowed_origins":
         return "https://one.example,http://two:3000", ("https://one.example", "http://two:3000")
+    if name == "webhook_url":
+        return "https://one.example/a,http://two:3000", ("https://one.example/a", "http://two:3000")
+    if name == "webhook_secret":
+        return f"{OLD_SECRET},{NEW_SECRET}", (OLD_SECRET, NEW_SECRET)
     if is_list(field):
         return "one,two", ("one", "two")
     if name == "redis_url":
@@ -151,6 +157,26 @@ def test_a_password_stays_out_of_the_message() -> None:
     with pytest.raises(UsageError, match="--redis-url: must begin with redis://") as error:
         parse(ServeSettings, "--redis-url", "http://:hunter2@host")
     assert "hunter2" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ("--webhook-url=ftp://hunter2.example", "--webhook-url: must begin with https://"),
+        ("--webhook-url=https://user:hunter2@host", "--webhook-url: must hold no user or password"),
+        ("--webhook-url=https://host/hunter2#x", "--webhook-url: must be a URL as it is sent"),
+        ("--webhook-url=https://host:hunter2", "--webhook-url: "),
+        ("--webhook-secret=hunter2", "--webhook-secret: must be whsec_ and the base64 of 16 bytes"),
+        ("--webhook-secret=whsec_hunter2=", "--webhook-secret: must be whsec_"),
+        (f"--webhook-secret={NEW_SECRET},whsec_aHVudGVyMg==", "--webhook-secret: must be whsec_"),
+    ],
+)
+def test_a_wrong_webhook_is_refused_without_its_secrets(argv: str, words: str) -> None:
+    with pytest.raises(UsageError) as error:
+        parse(ServeSettings, argv)
+    assert str(error.value).startswith(words)
+    assert "hunter2" not in str(error.value) or argv.startswith("--webhook-url=https://host:")
+    assert "aHVudGVyMg" not in str(error.value)
 
 
 def test_choices_are_shown_in_help() -> None:

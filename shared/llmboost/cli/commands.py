@@ -9,6 +9,7 @@ from collections.abc import Callable
 from importlib import import_module, metadata
 from typing import TypeVar
 
+from llmboost import webhooks
 from llmboost.cli.flags import Flags, UsageError
 from llmboost.settings import ApiSettings, CommonSettings, ServeSettings, WorkerSettings, variable
 
@@ -81,12 +82,14 @@ def _serve(settings: ServeSettings) -> int:
     if settings.redis_url and settings.data_dir:
         raise UsageError("--data-dir is the embedded Redis's, but --redis-url names another")
     _warn_of_typos(ServeSettings)
+    _check_webhooks(settings)
     _check_port(settings)
     return serve(_with_model_checked(settings))
 
 
 def _api(settings: ApiSettings) -> int:
     _need_redis(settings)
+    _check_webhooks(settings)
     _check_port(settings)
     return _start("llmboost_api.app", settings, "")
 
@@ -118,6 +121,13 @@ def _need_redis(settings: CommonSettings) -> None:
             "--redis-url (or LLMBOOST_REDIS_URL) is needed: the Redis that pods and workers share, "
             "such as redis://localhost:6379/0"
         )
+
+
+def _check_webhooks(settings: ApiSettings) -> None:
+    try:
+        webhooks.check(settings)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
 
 
 def _with_model_checked(settings: W) -> W:

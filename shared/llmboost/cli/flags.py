@@ -36,8 +36,8 @@ _ELSEWHERE = {
 """Flags of other servers, and what to use here."""
 
 
-SECRETS = ("redis_url", "api_key")
-"""Settings whose values stay out of messages: a URL may hold a password."""
+SECRETS = ("redis_url", "api_key", "webhook_url", "webhook_secret")
+"""Settings whose values stay out of messages: a URL may hold a password, or a token."""
 
 
 class UsageError(Exception):

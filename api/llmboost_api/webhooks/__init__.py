@@ -1,0 +1,1 @@
+"""Webhooks: the operator's servers are told when background responses and batches end."""
