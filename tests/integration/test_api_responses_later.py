@@ -245,6 +245,8 @@ async def test_what_can_not_be_followed(
 
     missing = "previous_response_not_found"
     await refused(new_id("resp_"), missing, "not found")
+    completion = await pod.openai.chat.completions.create(**chat(store=True))
+    await refused(completion.id, missing, "not found")
     unstored = await pod.openai.responses.create(model=MODEL, input="x", store=False)
     await refused(unstored.id, missing, "not stored")
     expired = await pod.openai.responses.create(model=MODEL, input="x")
