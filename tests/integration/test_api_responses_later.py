@@ -8,7 +8,7 @@ import pytest
 from arq.connections import ArqRedis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from openai import AsyncOpenAI, BadRequestError, NotFoundError
+from openai import APIError, AsyncOpenAI, BadRequestError, NotFoundError
 
 from llmboost import keys
 from llmboost.jobs import GenerationJob, new_id
@@ -140,6 +140,23 @@ async def test_every_call_at_another_pod(pod: RunningPod, other: RunningPod, wor
     await one.delete(last.response.id)
     with pytest.raises(NotFoundError):
         await two.retrieve(last.response.id)
+
+
+async def test_a_pod_that_goes_says_where_to_go_on(
+    redis_url: str, pod: RunningPod, worker: ScriptedWorker, paused: Paused
+) -> None:
+    """What ends the stream is raised by the official client, and is none of the response's events."""
+    async with serving(settings_for(redis_url, drain_timeout=0.1)) as going:
+        stream = await going.openai.responses.create(model=MODEL, input="Hello", stream=True)
+        had = [await anext(stream) for _ in range(6)]
+        going.server.should_exit = True
+        with pytest.raises(APIError) as raised:
+            await anext(stream)
+    assert raised.value.code == "server_shutdown"
+    rest_of = asyncio.create_task(rest(pod, had[0].response.id, had[-1].sequence_number))
+    await wait_until(lambda: pod.generations)
+    paused.go.set()
+    assert [event.number for event in events_in((await rest_of).text)] == list(range(6, 13))
 
 
 # Going on

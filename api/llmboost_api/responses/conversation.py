@@ -59,7 +59,7 @@ def _answer(previous_id: str, progress: Progress) -> list[Message]:
             code="previous_response_failed",
             param=PARAM,
         )
-    return [{"role": "assistant", "content": progress.choice.text}] if progress.begun else []
+    return [{"role": "assistant", "content": [progress.choice.text]}] if progress.begun else []
 
 
 async def _is_there(pod: Pod, previous_id: str, asker: str) -> bool:
