@@ -1,5 +1,6 @@
 """Responses as the tests ask for them, and their events, held to the official package's types."""
 
+import asyncio
 import json
 from typing import Any
 
@@ -8,7 +9,9 @@ from openai.types.responses import Response, ResponseStreamEvent
 from openai.types.responses.response_item_list import ResponseItemList
 from pydantic import BaseModel, TypeAdapter
 
-from .api_pod import MODEL, RETRY, RunningPod
+from llmboost.jobs import GenerationJob
+
+from .api_pod import MODEL, RETRY, WORDS, RunningPod, ends, says
 
 RESPONSES = "/v1/responses"
 _EVENT: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
@@ -29,6 +32,16 @@ def check_response(data: dict[str, Any]) -> Response:
 
 def check_items(data: dict[str, Any]) -> ResponseItemList:
     return ResponseItemList.model_validate(data, strict=True)
+
+
+class Paused:
+    """A script that says two words and then waits for `go`."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+
+    def __call__(self, job: GenerationJob) -> list[Any]:
+        return [*says(WORDS)[:2], self.go.wait(), *says(WORDS)[2:], ends()]
 
 
 class Event(BaseModel):

@@ -16,11 +16,13 @@ from llmboost.streams import TokenStreams
 from llmboost_api.app import create_app
 from llmboost_api.protocol.chat import ChatRequest
 from llmboost_api.protocol.completions import CompletionRequest
+from llmboost_api.protocol.responses.request import ResponseRequest
 
 from .api_pod import MODEL, chat, settings_for, working
 
-PATHS = ("/v1/chat/completions", "/v1/completions")
+PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
 CHAT_FIELDS = sorted({*ChatRequest.model_fields, *ChatRequest.unsupported, "nonsense"})
+RESPONSE_FIELDS = sorted({*ResponseRequest.model_fields, *ResponseRequest.unsupported, "nonsense"})
 COMPLETION_FIELDS = sorted({*CompletionRequest.model_fields, *CompletionRequest.unsupported, "nonsense"})
 
 # json.dumps writes lone surrogates and NaN as they come: both may be sent, neither may be accepted.
@@ -72,9 +74,11 @@ def check(response: httpx.Response) -> int:
         assert error["message"]
         assert len(error["message"]) < 1000
     elif response.headers["content-type"].startswith("text/event-stream"):
-        assert response.text.endswith("data: [DONE]\n\n")
+        last = response.text[:-2].rpartition("\n\n")[2]
+        assert last.endswith("data: [DONE]") or "\nevent: response.completed\n" in last
     else:
-        assert response.json()["choices"]
+        answer = response.json()
+        assert answer.get("choices") or answer["status"] in ("completed", "queued")
     return response.status_code
 
 
@@ -84,8 +88,14 @@ def test_any_body_is_answered(client: TestClient) -> None:
     seen: set[int] = set()
 
     @settings(max_examples=200, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    @given(anything, fields_of(CHAT_FIELDS), fields_of(COMPLETION_FIELDS), st.binary(max_size=30))
-    def fuzz(body: Any, chat_fields: Any, completion_fields: Any, raw: bytes) -> None:
+    @given(
+        anything,
+        fields_of(CHAT_FIELDS),
+        fields_of(COMPLETION_FIELDS),
+        fields_of(RESPONSE_FIELDS),
+        st.binary(max_size=30),
+    )
+    def fuzz(body: Any, chat_fields: Any, completion_fields: Any, response_fields: Any, raw: bytes) -> None:
         for path in PATHS:
             seen.add(check(client.post(path, content=json.dumps(body))))
             seen.add(check(client.post(path, content=raw)))
@@ -95,6 +105,11 @@ def test_any_body_is_answered(client: TestClient) -> None:
         completion = {"model": MODEL, "prompt": "Hi", **completion_fields}
         seen.add(check(client.post(PATHS[1], content=json.dumps(completion))))
         seen.add(check(client.post(PATHS[1], content=json.dumps({"model": MODEL, "prompt": body}))))
+        response = {"model": MODEL, "input": "Hi", **response_fields}
+        seen.add(check(client.post(PATHS[2], content=json.dumps(response))))
+        seen.add(check(client.post(PATHS[2], content=json.dumps({"model": MODEL, "input": body}))))
+        item = {"role": "user", "content": body}
+        seen.add(check(client.post(PATHS[2], content=json.dumps({"model": MODEL, "input": [item, body]}))))
 
     fuzz()
     assert {200, 400} <= seen

@@ -210,10 +210,16 @@ def test_forms_of_older_streams_are_read() -> None:
 
 
 def test_items_have_the_same_ids_each_time() -> None:
-    kept = asked(input=[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
+    parts = [{"type": "input_text", "text": text} for text in ("a", "c")]
+    kept = asked(input=[{"role": "user", "content": parts}, {"role": "assistant", "content": "b"}])
     items = listed(RESPONSE_ID, kept.messages_to_store or [])
     assert items == listed(RESPONSE_ID, kept.messages_to_store or [])
-    assert [item["content"][0]["type"] for item in items] == ["input_text", "output_text"]
+    assert items[0]["content"] == parts
+    assert [part["type"] for part in items[1]["content"]] == ["output_text"]
+    assert kept.prompts()[0].messages == [
+        {"role": "user", "content": "a\nc"},
+        {"role": "assistant", "content": "b"},
+    ]
     assert len({item["id"] for item in items}) == 2
 
 
@@ -230,4 +236,4 @@ def test_the_next_turns_prompt_begins_with_this_ones(instructions: str | None) -
         assert ids[: len(before)] == before
         assert len(ids) > len(before)
         before = ids
-        history += [*(turn.messages_to_store or []), {"role": "assistant", "content": answer}]
+        history += [*(turn.messages_to_store or []), {"role": "assistant", "content": [answer]}]

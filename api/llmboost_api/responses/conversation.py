@@ -6,11 +6,12 @@ or was deleted. What it keeps is bounded by the context that it had to fit into.
 
 from functools import partial
 
-from llmboost.entries import Queued
+from llmboost.jobs import made_at
 from llmboost.streams import BEGINNING
 from llmboost_api.directory import answered
 from llmboost_api.errors import ApiError
 from llmboost_api.pod import Pod
+from llmboost_api.protocol.form import RESPONSES
 from llmboost_api.protocol.responses.items import Message
 from llmboost_api.protocol.responses.object import Progress
 from llmboost_api.responses.log import progress_of
@@ -30,6 +31,8 @@ async def history_of(pod: Pod, previous_id: str | None, asker: str) -> list[Mess
     """
     if previous_id is None:
         return []
+    if not RESPONSES.made(previous_id) or made_at(previous_id) is None:
+        raise _not_found(previous_id, unstored=False)
     stored = await answered(partial(pod.stored.get, previous_id))
     if stored is None or stored.owner != asker:
         raise _not_found(previous_id, stored is None and await _is_there(pod, previous_id, asker))
@@ -56,13 +59,13 @@ def _answer(previous_id: str, progress: Progress) -> list[Message]:
             code="previous_response_failed",
             param=PARAM,
         )
-    return [{"role": "assistant", "content": progress.choice.text}] if progress.begun else []
+    return [{"role": "assistant", "content": [progress.choice.text]}] if progress.begun else []
 
 
 async def _is_there(pod: Pod, previous_id: str, asker: str) -> bool:
     """Whether this key has such a response, which then was not stored."""
     queued, _ = await answered(partial(pod.streams.find, previous_id, BEGINNING))
-    return isinstance(queued, Queued) and queued.owner == asker
+    return queued is not None and queued.owner == asker
 
 
 def _not_found(previous_id: str, unstored: bool) -> ApiError:

@@ -1,7 +1,5 @@
 """POST /v1/responses."""
 
-from functools import partial
-
 from fastapi import Request, Response
 
 from llmboost.entries import NO_FOLLOW_UP, FollowUp
@@ -20,7 +18,7 @@ from llmboost_api.reply import Reply
 from llmboost_api.responses.conversation import history_of
 from llmboost_api.responses.log import object_of
 from llmboost_api.stored import StoredAnswer
-from llmboost_api.submission import make_submission, submit
+from llmboost_api.submission import Submission, make_submission, submit
 
 
 async def create_response(request: Request, asker: str, key: str | None) -> Response:
@@ -36,18 +34,23 @@ async def create_response(request: Request, asker: str, key: str | None) -> Resp
     name = name_of(key, RESPONSES.path, data, asker)
     card = await pod.models.find(asked.model)
     history = await history_of(pod, asked.previous_response_id, asker)
-    make = partial(
-        make_submission,
-        pod,
-        RESPONSES,
-        card=card,
-        asked=asked,
-        prompts=asked.prompts_after(history),
-        owner=asker,
-        needs_audience=not asked.background,
-        follow_up=follow_up_of(pod, asked),
-        stored=stored_answer_of(asked, asker, history),
-    )
+    prompts = asked.prompts_after(history)
+    stored = stored_answer_of(asked, asker, history)
+
+    def make(response_id: str) -> Submission:
+        return make_submission(
+            pod,
+            RESPONSES,
+            response_id,
+            card,
+            asked,
+            prompts,
+            owner=asker,
+            needs_audience=not asked.background,
+            follow_up=follow_up_of(pod, asked, response_id),
+            stored=stored,
+        )
+
     mine = new_id(RESPONSES.prefix)
     rename_request(request, mine)
     response_id, form = await submit(pod, make, mine, name)
@@ -63,7 +66,7 @@ async def create_response(request: Request, asker: str, key: str | None) -> Resp
     return Reply(pod.generations.follow(response_id, form, again=name is not None), pod.settings, framer)
 
 
-def follow_up_of(pod: Pod, asked: ResponseRequest) -> FollowUp:
+def follow_up_of(pod: Pod, asked: ResponseRequest, response_id: str) -> FollowUp:
     """What the end of a response entails."""
     return FollowUp(retention=pod.settings.response_ttl) if asked.store else NO_FOLLOW_UP
 

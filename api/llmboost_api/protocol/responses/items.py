@@ -10,7 +10,7 @@ from llmboost_api.protocol.request import Neutral, RequestModel, always, problem
 from llmboost_api.protocol.translate import shown
 
 Message = dict[str, Any]
-"""As a chat template takes it: role, and content as one string."""
+"""A message as it is kept: its role, and as its content the texts of its parts."""
 
 _PARTS = {
     "input_text": ("text", frozenset[str]()),
@@ -21,13 +21,13 @@ _PARTS = {
 sends along."""
 
 
-def _text(value: Any) -> str:
-    """A string, or text parts, joined by line breaks."""
+def _texts(value: Any) -> tuple[str, ...]:
+    """A string, or text parts."""
     if isinstance(value, str):
-        return value
+        return (value,)
     if not isinstance(value, list):
         raise problem("invalid_type", f"must be a string or a list of text parts, not {shown(value)}.")
-    return "\n".join(_text_of(part, number) for number, part in enumerate(value))
+    return tuple(_text_of(part, number) for number, part in enumerate(value))
 
 
 def _text_of(part: Any, number: int) -> str:
@@ -50,9 +50,9 @@ def _text_of(part: Any, number: int) -> str:
     return text
 
 
-Text = Annotated[
-    str,
-    BeforeValidator(_text),
+Texts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_texts),
     WithJsonSchema(
         {
             "anyOf": [
@@ -83,13 +83,13 @@ class InputMessage(RequestModel):
 
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: Text
+    content: Texts
     id: str | None = Field(None, description="Of a message that comes from a response; not looked at.")
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
     def kept(self) -> Message:
         """The message as it is stored."""
-        return {"role": self.role, "content": self.content}
+        return {"role": self.role, "content": list(self.content)}
 
 
 def _items(value: Any) -> list[Any]:
@@ -119,9 +119,10 @@ Input = Annotated[
 ]
 
 
-def for_template(message: Message) -> Message:
-    """A kept message as a chat template takes it: `developer` is OpenAI's newer word for `system`."""
-    return {**message, "role": "system"} if message["role"] == "developer" else message
+def for_template(message: Message) -> dict[str, str]:
+    """A kept message as a chat template takes it; `developer` is OpenAI's newer word for `system`."""
+    role = message["role"]
+    return {"role": "system" if role == "developer" else role, "content": "\n".join(message["content"])}
 
 
 def listed(response_id: str, kept: Sequence[Message]) -> list[dict[str, Any]]:
@@ -133,9 +134,8 @@ def listed(response_id: str, kept: Sequence[Message]) -> list[dict[str, Any]]:
             "role": message["role"],
             "status": "completed",
             "content": [
-                text_part(message["content"])
-                if message["role"] == "assistant"
-                else {"type": "input_text", "text": message["content"]}
+                text_part(text) if message["role"] == "assistant" else {"type": "input_text", "text": text}
+                for text in message["content"]
             ],
         }
         for number, message in enumerate(kept)

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from llmboost.jobs import Prompt, SamplingParams
+from llmboost_api.errors import ApiError
 from llmboost_api.protocol.metadata import Metadata
 from llmboost_api.protocol.request import Neutral, RequestModel, never, only, problem
 from llmboost_api.protocol.responses.items import Input, Message, for_template
@@ -174,6 +175,16 @@ class ResponseRequest(GenerationRequest):
         )
 
     def prompts(self) -> list[Prompt]:
+        """Raises:
+        ApiError: it follows another response, whose conversation only `prompts_after` is given (400).
+        """
+        if self.previous_response_id is not None:
+            raise ApiError(
+                400,
+                "'previous_response_id' can't be followed here. Send the whole conversation as 'input'.",
+                code="unsupported_parameter",
+                param="previous_response_id",
+            )
         return self.prompts_after(())
 
     def prompts_after(self, history: Sequence[Message]) -> list[Prompt]:
