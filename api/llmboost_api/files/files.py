@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -86,13 +86,13 @@ class Files:
             return None
         return await answered(partial(self.catalogue.get, owner, file_id))
 
-    def read(self, record: FileRecord, offset: int = 0) -> AsyncIterator[bytes]:
+    def read(self, record: FileRecord, offset: int = 0) -> AsyncGenerator[bytes, None]:
         """The file's bytes."""
         return self.storage.read(record.id, offset)
 
     def lines(
         self, record: FileRecord, *, offset: int = 0, number: int = 1, max_bytes: int = MAX_LINE_BYTES
-    ) -> AsyncIterator[Line]:
+    ) -> AsyncGenerator[Line, None]:
         """The file's lines, from `offset` on: see `FileStorage.lines`."""
         return self.storage.lines(record.id, offset=offset, number=number, max_bytes=max_bytes)
 
@@ -124,8 +124,9 @@ class Files:
     async def delete(self, owner: str, file_id: str) -> bool:
         """Removes one of the owner's files; false if there is no such file."""
         record = await self.get(owner, file_id)
-        if record is None or not await answered(partial(self.catalogue.remove, record)):
+        if record is None:
             return False
+        await answered(partial(self.catalogue.remove, record))
         try:
             await self.storage.delete(record.id)
         except StorageError as error:  # a sweep will do it
