@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import signal
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import suppress
@@ -27,6 +28,7 @@ from llmboost_api.webhooks.delivery import Webhooks
 from llmboost_api.webhooks.events import BatchStatus, Event
 from llmboost_api.webhooks.sender import DeliveryFailed, Sender
 from llmboost_api.webhooks.targets import Target
+from tests.commands import llmboost
 from tests.waiting import wait_until
 
 from .api_pod import serving, settings_for
@@ -225,6 +227,29 @@ async def test_a_pod_that_goes_hands_its_deliveries_over(
         await ends.settled()
     assert [call.event().data.id for call in receiver.calls] == [response_id] * 2
     assert len(receiver.taken) == 1
+
+
+async def test_a_delivery_is_made_though_the_pod_that_made_it_is_killed(
+    ends: Ends, receiver: Receiver, redis_url: str
+) -> None:
+    """By another, under the same id, when arq takes the killed one for dead."""
+    receiver.statuses = [None]
+    pod = ends.webhooks(receiver.url())
+    arguments = ["--redis-url", redis_url, "--port", "0", "--webhook-url", receiver.url()]
+    secret = {"LLMBOOST_WEBHOOK_SECRET": SECRET, "LLMBOOST_WEBHOOK_ALLOW_PRIVATE": "true"}
+    with llmboost("api", *arguments, env=secret) as killed:
+        response_id = await ends.response(pod)
+        await wait_until(lambda: receiver.calls, within=60)
+        killed.signal(signal.SIGKILL)
+        await asyncio.to_thread(killed.wait)
+        assert SECRET not in killed.log
+    held = [key async for key in ends.queue.redis.scan_iter("arq:in-progress:*")]
+    assert [await ends.queue.redis.pttl(key) <= 30_000 for key in held] == [True]
+    await ends.queue.redis.pexpire(held[0], 1)
+    async with pod:
+        await ends.settled()
+    assert [call.event().data.id for call in receiver.calls] == [response_id] * 2
+    assert len({call.headers["webhook-id"] for call in receiver.calls}) == 1
 
 
 async def test_deliveries_outlive_a_loss_of_redis(

@@ -120,7 +120,11 @@ def test_a_misspelt_variable_is_pointed_out(
 ) -> None:
     monkeypatch.setenv("LLMBOOST_MAX_NUM_SEQ", "8")
     assert commands.run(["serve", "--port", "0"]) == 0
-    assert "did you mean LLMBOOST_MAX_NUM_SEQS?" in capsys.readouterr().err
+    monkeypatch.setenv("LLMBOOST_URL", "http://localhost:8011/v1")
+    assert commands.run(["serve", "--port", "0"]) == 0
+    (line, again) = capsys.readouterr().err.splitlines()
+    assert line == again
+    assert line.endswith("LLMBOOST_MAX_NUM_SEQ is no setting; did you mean LLMBOOST_MAX_NUM_SEQS?")
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -141,7 +145,10 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
         "from llmboost.cli import commands\n"
         "assert commands.run(['--help']) == 0\n"
         "assert commands.run(['worker']) == 2\n"
-        "heavy = {'torch', 'transformers', 'fastapi', 'arq', 'openai', 'llmboost_api', 'llmboost_worker'}\n"
+        "assert commands.run(['batch']) == 2\n"
+        "assert commands.run(['batch', 'run', '/no/such/file']) == 2\n"
+        "heavy = {'torch', 'transformers', 'fastapi', 'arq', 'httpx', 'rich', 'openai'}\n"
+        "heavy |= {'llmboost_api', 'llmboost_worker'}\n"
         "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, timeout=60)

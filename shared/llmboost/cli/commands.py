@@ -23,6 +23,7 @@ Serves language models through a message queue: token streams that survive what 
   llmboost serve [MODEL]                   everything in one command: Redis, an API pod, workers
   llmboost api --redis-url URL             one API pod
   llmboost worker [MODEL] --redis-url URL  one worker
+  llmboost batch run INPUT -o OUTPUT       a file of requests, answered into another
 
   llmboost COMMAND --help   the flags of a command
   llmboost --version
@@ -35,7 +36,12 @@ SUMMARIES = {
     "another), an API pod and --dp workers, watched and restarted.",
     "api": "Runs one API pod on a Redis that workers share.",
     "worker": "Runs one worker, which serves a model to all API pods on the same Redis.",
+    "batch": "Runs files of requests.",
 }
+
+
+_CLIENTS_VARIABLES = ("LLMBOOST_URL",)
+"""Variables of `llmboost batch` that are no settings."""
 
 
 def run(argv: list[str]) -> int:
@@ -56,6 +62,8 @@ def run(argv: list[str]) -> int:
                 return _api(Flags(command, ApiSettings, SUMMARIES[command]).parse(argv[1:]))
             case "worker":
                 return _worker(Flags(command, WorkerSettings, SUMMARIES[command]).parse(argv[1:]))
+            case "batch":
+                return _batch(argv[1:])
         close = difflib.get_close_matches(command, SUMMARIES, 1)
         raise UsageError(
             f"unknown command {command!r}: "
@@ -97,6 +105,12 @@ def _api(settings: ApiSettings) -> int:
 def _worker(settings: WorkerSettings) -> int:
     _need_redis(settings)
     return _start("llmboost_worker.worker", _with_model_checked(settings), "[worker]")
+
+
+def _batch(argv: list[str]) -> int:
+    from llmboost.cli.batch.command import run_command
+
+    return run_command(argv)
 
 
 def _start(module: str, settings: CommonSettings, extra: str) -> int:
@@ -167,7 +181,7 @@ def _check_port(settings: ApiSettings) -> None:
 
 def _warn_of_typos(settings: type[CommonSettings]) -> None:
     """A misspelt variable would be ignored in silence, unlike a misspelt flag."""
-    known = [variable(name) for name in settings.model_fields]
+    known = [*(variable(name) for name in settings.model_fields), *_CLIENTS_VARIABLES]
     for name in os.environ:
         if name.startswith("LLMBOOST_") and name not in known:
             close = difflib.get_close_matches(name, known, 1, cutoff=0.8)

@@ -44,7 +44,7 @@ class UsageError(Exception):
     """The command line or the environment is wrong; `str()` names what, the value and what is allowed."""
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Raises instead of printing the whole usage, in which the one line that matters is lost."""
 
     def error(self, message: str) -> NoReturn:
@@ -58,7 +58,7 @@ class Flags(Generic[S]):
         self.command = command
         self.settings = settings
         takes_model = issubclass(settings, WorkerSettings)
-        self.parser = _Parser(
+        self.parser = Parser(
             prog=f"llmboost {command}",
             usage=f"llmboost {command} {'[MODEL] ' if takes_model else ''}[FLAGS]",
             description=summary,
@@ -95,7 +95,7 @@ class Flags(Generic[S]):
         Raises:
             UsageError: an unknown flag, or a value that can't be parsed or is out of range.
         """
-        argv = [self._known(argument) for argument in argv]
+        argv = [spelled(argument, self.parser, _ELSEWHERE) for argument in argv]
         given = {
             name: value for name, value in vars(self.parser.parse_args(argv)).items() if value is not None
         }
@@ -110,24 +110,29 @@ class Flags(Generic[S]):
         except ValidationError as error:
             raise UsageError(explain(error, given)) from None
 
-    def _known(self, argument: str) -> str:
-        """The argument with its flag in the dashed spelling.
 
-        Flags are checked before argparse sees them: it would take the value of an unknown one for MODEL.
-        """
-        if not argument.startswith("--") or argument == "--":
-            return argument
-        name, equals, value = argument.partition("=")
-        name = name.replace("_", "-")
-        options = self.parser._option_string_actions
-        if name in options:
-            return name + equals + value
-        bare = "--" + name.removeprefix(_NO) if name.startswith(_NO) else name
-        advice = _ELSEWHERE.get(bare)
-        if advice is None:
-            close = difflib.get_close_matches(name, options, 1)
-            advice = f"did you mean {close[0]}?" if close else f"see llmboost {self.command} --help"
-        raise UsageError(f"unknown flag {name}: {advice}")
+def spelled(argument: str, parser: argparse.ArgumentParser, elsewhere: Mapping[str, str]) -> str:
+    """An argument with its flag in the dashed spelling.
+
+    Flags are checked before argparse sees them: it would take the value of an unknown one for a positional
+    argument. `elsewhere`: flags of others, and what to use instead.
+
+    Raises:
+        UsageError: there is no such flag.
+    """
+    if not argument.startswith("--") or argument == "--":
+        return argument
+    name, equals, value = argument.partition("=")
+    name = name.replace("_", "-")
+    options = parser._option_string_actions
+    if name in options:
+        return name + equals + value
+    bare = "--" + name.removeprefix(_NO) if name.startswith(_NO) else name
+    advice = elsewhere.get(bare)
+    if advice is None:
+        close = difflib.get_close_matches(name, options, 1)
+        advice = f"did you mean {close[0]}?" if close else f"see {parser.prog} --help"
+    raise UsageError(f"unknown flag {name}: {advice}")
 
 
 def is_list(field: FieldInfo) -> bool:

@@ -1,9 +1,11 @@
-"""A pod that knows only how it is: what the supervisor sees of a real one, without its imports."""
+"""A pod that knows how it is, and batches that need no model: what others see of a real one, without its
+imports."""
 
 from collections.abc import AsyncIterator
 
 import anyio
 import uvicorn
+from batches import FakeBatches
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response, StreamingResponse
@@ -28,7 +30,7 @@ def run(settings: ApiSettings) -> None:
 
         return StreamingResponse(lines())
 
-    app = Starlette(routes=[Route("/ready", ready), Route("/slow", slow)])
+    app = Starlette(routes=[Route("/ready", ready), Route("/slow", slow), *FakeBatches(step=1).routes()])
     uvicorn.run(
         app,
         host=settings.host,
