@@ -9,5 +9,5 @@ import pytest
 def _files_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Pods keep no files in the home folder of whoever runs the tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LLMBOOST_FILES_URL", str(tmp_path_factory.mktemp("files")))
+        patch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
         yield

@@ -23,6 +23,10 @@ the pod's memory too. What is on its way to a client that reads is not limited b
 MAX_HEAD_BYTES = 64 * 1024
 """Of a request, beyond which it is refused; one read may overshoot. As much as h11 takes."""
 
+BODY_RATE = 16 * 1024
+"""Bytes a second. A body that comes slower than that is not waited for; a large one that comes faster may
+take as long as it takes."""
+
 
 def limit_writes(listener: socket.socket, send_timeout: float) -> None:
     """Bounds what accepted connections hold for a client that reads nothing, and lets the kernel end them
@@ -40,7 +44,8 @@ def limit_writes(listener: socket.socket, send_timeout: float) -> None:
 class ClientConnection(HttpToolsProtocol):
     """Differs from uvicorn's protocol in this:
 
-    1. A request has `receive_timeout` seconds to arrive whole, its head and its body; and so long may a new
+    1. A request has `receive_timeout` seconds to arrive, its head and its body, and so long again whenever
+       its body has come at `BODY_RATE` meanwhile, or the app has not taken what came; and so long may a new
        connection wait for its first. uvicorn has a limit for neither, only for the pause after a response.
     2. So has its head a limit in bytes.
     3. A client that the kernel gave up is logged.
@@ -52,6 +57,10 @@ class ClientConnection(HttpToolsProtocol):
         self._late: asyncio.TimerHandle | None = None
         self._head_bytes: int | None = None
         """Of a head that has not come whole; roughly, for they are counted per read."""
+        self._body_bytes = 0
+        """Of a body, since the time limit was set."""
+        self._held_up = False
+        """Whether the client was made to wait since then."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -75,6 +84,11 @@ class ClientConnection(HttpToolsProtocol):
         super().on_headers_complete()
         self._head_bytes = None
 
+    def on_body(self, body: bytes) -> None:
+        super().on_body(body)
+        self._body_bytes += len(body)
+        self._held_up |= self.flow.read_paused
+
     def on_message_complete(self) -> None:
         super().on_message_complete()
         self._stop_expecting()
@@ -91,6 +105,7 @@ class ClientConnection(HttpToolsProtocol):
             self.transport.abort()
 
     def _expect_request(self) -> None:
+        self._body_bytes, self._held_up = 0, False
         self._late = self.loop.call_later(self._receive_timeout, self._on_late)
 
     def _stop_expecting(self) -> None:
@@ -100,8 +115,11 @@ class ClientConnection(HttpToolsProtocol):
 
     def _on_late(self) -> None:
         self._late = None
-        if self.flow.read_paused or (self._answering and not self.cycle.more_body):
+        if self._answering and not self.cycle.more_body:
             self._expect_request()  # What came is the beginning of the next request, which can wait.
+            return
+        if self._held_up or self.flow.read_paused or self._body_bytes >= BODY_RATE * self._receive_timeout:
+            self._expect_request()
             return
         logger.info("client stopped sending: %s", self._name)
         unanswered = self._answering and not self.cycle.response_started
@@ -136,8 +154,8 @@ _HEAD_TOO_LARGE = ApiError(
 def _late_error(receive_timeout: float) -> ApiError:
     return ApiError(
         408,
-        f"The request did not arrive whole within {receive_timeout:g} s. Send it again, faster or less of "
-        "it, or have the operator raise --receive-timeout.",
+        f"The request did not arrive within {receive_timeout:g} s, nor did its body come at {BODY_RATE} "
+        "bytes a second. Send it again, faster or less of it, or have the operator raise --receive-timeout.",
         code="request_incomplete",
     )
 

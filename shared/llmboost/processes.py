@@ -25,6 +25,7 @@ from llmboost.embedded import EmbeddedRedis, EmbeddedRedisError, free_port
 from llmboost.placement import PlacementError, placements
 from llmboost.readiness import answers, live_workers
 from llmboost.settings import ApiSettings, CommonSettings, ServeSettings, WorkerSettings, to_environment
+from llmboost.temporary import TemporaryFolder
 
 _MAX_DEATHS = 5
 """Deaths in a row after which a process is given up, and everything with it."""
@@ -72,6 +73,7 @@ class Processes:
         self._requests: queue.SimpleQueue[Literal["stop", "kill", "look"]] = queue.SimpleQueue()
         self._started: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._stopping = self._killing = False
+        self._files: TemporaryFolder | None = None
         self._redis: _Kept | None = None
         self._api: _Kept | None = None
         self._workers: list[_Kept] = []
@@ -154,6 +156,8 @@ class Processes:
             self.failure = ProcessesError(f"the supervisor failed with {type(error).__name__}: {error}")
         finally:
             self._stop_all()
+            if self._files:
+                self._files.close()
             self._started.put(False)
 
     def _start_redis(self) -> None:
@@ -183,7 +187,8 @@ class Processes:
         ]
         if self._with_api:
             self._port = self._port or free_port(self.settings.host)
-            self._api = self._child("api", "api", ApiSettings, {"LLMBOOST_PORT": str(self._port)})
+            environment = {"LLMBOOST_PORT": str(self._port), **self._files_environment()}
+            self._api = self._child("api", "api", ApiSettings, environment)
         begun = time.monotonic()
         next_note = begun + _FIRST_NOTE_S
         while not self._stopping:
@@ -194,6 +199,20 @@ class Processes:
             if time.monotonic() >= next_note:
                 next_note += _NOTES_S
                 self._say(f"waiting for {missing} ({time.monotonic() - begun:.0f} s)")
+
+    def _files_environment(self) -> dict[str, str]:
+        """Files are kept for as long as Redis is kept that knows of them."""
+        if self.settings.files_url is not None:
+            return {}
+        if self.settings.data_dir:
+            return {"LLMBOOST_FILES_URL": str(self.settings.data_dir.absolute() / "files")}
+        if self.settings.redis_url:
+            return {}
+        try:
+            self._files = TemporaryFolder("llmboost-files-")
+        except OSError as error:
+            raise ProcessesError(f"no temporary folder can be made for files: {error}") from None
+        return {"LLMBOOST_FILES_URL": str(self._files.path)}
 
     def _child(
         self, name: str, command: str, takes: type[CommonSettings], environment: Mapping[str, str]

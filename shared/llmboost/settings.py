@@ -145,7 +145,9 @@ class ApiSettings(CommonSettings):
         "Until then an early failure is a proper HTTP error.",
     )
     receive_timeout: PositiveFloat = Field(
-        60.0, description="Seconds that a request has to arrive, head and body; beyond them 408."
+        60.0,
+        description="Seconds that a request has to arrive, head and body; beyond them 408, unless its body "
+        "comes at 16 KiB a second.",
     )
     send_timeout: PositiveFloat = Field(
         60.0, description="Seconds for which a client may read nothing before its connection is dropped."

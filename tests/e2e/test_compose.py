@@ -70,6 +70,7 @@ class Rehearsal:
             text = text.replace("127.0.0.1:8011", f"127.0.0.1:{self.ports[service]}")
             text = re.sub("^8011$", str(self.ports[service]), text)
             text = re.sub("^0.0.0.0$", "127.0.0.1", text)
+            text = re.sub("^/files$", str(self.folder / "files"), text)
         if service == "proxy":
             text = text.replace("listen 8080", f"listen 127.0.0.1:{self.ports['proxy']}")
             text = text.replace("127.0.0.1:8080", f"127.0.0.1:{self.ports['proxy']}")

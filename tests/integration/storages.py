@@ -1,10 +1,13 @@
 """Places where files are kept: the local disk, and an S3 server that keeps everything in memory."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import boto3
 import httpx
@@ -60,15 +63,22 @@ def files_url(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytes
     for name, value in {**S3_ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint}.items():
         monkeypatch.setenv(name, value)
     httpx.post(f"{endpoint}/moto-api/reset")
-    boto3.client("s3").create_bucket(Bucket=BUCKET)
+    _client(endpoint).create_bucket(Bucket=BUCKET)
     return f"s3://{BUCKET}/some/prefix"
+
+
+@cache
+def _client(endpoint: str) -> Any:
+    """Takes a while to be made."""
+    keys = {name.lower(): value for name, value in S3_ENVIRONMENT.items() if name != "AWS_DEFAULT_REGION"}
+    return boto3.client("s3", endpoint_url=endpoint, region_name="us-east-1", **keys)
 
 
 def left_in(url: str) -> list[str]:
     """All that a storage holds, and the uploads that it has not heard the end of."""
     if not url.startswith("s3://"):
         return [path.name for path in Path(url).rglob("*")]
-    client = boto3.client("s3")
+    client = _client(os.environ["AWS_ENDPOINT_URL"])
     objects = client.list_objects_v2(Bucket=BUCKET).get("Contents", [])
     uploads = client.list_multipart_uploads(Bucket=BUCKET).get("Uploads", [])
     return [each["Key"] for each in (*objects, *uploads)]

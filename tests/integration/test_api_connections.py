@@ -3,7 +3,9 @@
 import asyncio
 import json
 import logging
+import re
 import socket
+import time
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Any
@@ -12,7 +14,7 @@ import pytest
 
 from llmboost import inbox
 from llmboost.jobs import GenerationJob
-from llmboost_api.connections import MAX_HEAD_BYTES, UNSENT_BYTES, ClientConnection
+from llmboost_api.connections import BODY_RATE, MAX_HEAD_BYTES, UNSENT_BYTES, ClientConnection
 
 from ..waiting import wait_until
 from .api_pod import (
@@ -214,6 +216,24 @@ async def test_a_body_that_does_not_come_whole_is_answered(pod: RunningPod) -> N
     assert head.startswith(b"HTTP/1.1 408 Request Timeout\r\n")
     assert json.loads(body)["error"]["code"] == "request_incomplete"
     assert not connections(pod)
+
+
+async def test_a_body_that_keeps_coming_may_take_its_time(pod: RunningPod) -> None:
+    """A large one does, over a slow line."""
+    piece = b" " * (BODY_RATE // 10)
+    pieces = 30
+    async with connected(pod) as client:
+        body = json.dumps(chat()).encode()
+        head = post(chat(), "Connection: close").partition(b"\r\n\r\n")[0].decode()
+        head = re.sub(r"Content-Length: \d+", f"Content-Length: {len(body) + pieces * len(piece)}", head)
+        await send(client, head.encode() + b"\r\n\r\n")
+        begun = time.monotonic()
+        for number in range(pieces):
+            await send(client, piece)
+            due = begun + 3 * RECEIVE_TIMEOUT_S * (number + 1) / pieces
+            await asyncio.sleep(due - time.monotonic())
+        await send(client, body)
+        assert b"HTTP/1.1 200 OK" in await rest_of(client)
 
 
 @pytest.mark.parametrize("line", [b"x-word: " + b"y" * 100 + b"\r\n", b"y" * 100], ids=["many", "long"])

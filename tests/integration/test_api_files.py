@@ -1,20 +1,30 @@
 """Files, by the official client: two pods that share a storage, asked in turn."""
 
+import asyncio
 import itertools
 import os
-from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import httpx
 import pytest
 from arq.connections import ArqRedis
-from openai import AsyncOpenAI, BadRequestError, NotFoundError
+from openai import AsyncOpenAI, InternalServerError, NotFoundError
 from openai.types import FileObject
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from llmboost import keys
+from llmboost.jobs import new_id, now
+from llmboost_api import directory
+from llmboost_api.connections import ClientConnection
+from llmboost_api.files.catalogue import PAGE
 from llmboost_api.files.files import Files
+from llmboost_api.files.record import FileRecord
+from tests.waiting import wait_until
 
 from .api_pod import RunningPod, serving, settings_for
+from .forms import BOUNDARY, CONTENT_TYPE, FILE, PURPOSE, Part, form, value
 from .storages import files_url, left_in, s3_endpoint
 
 __all__ = ["files_url", "s3_endpoint"]
@@ -25,15 +35,22 @@ MIB = 1 << 20
 
 @pytest.fixture
 async def pods(redis: ArqRedis, redis_url: str, files_url: str) -> AsyncIterator[Iterator[RunningPod]]:
-    async with AsyncExitStack() as stack:
-        settings = settings_for(redis_url, files_url=files_url, max_file_bytes=40 * MIB)
-        both = [await stack.enter_async_context(serving(settings)) for _ in range(2)]
-        yield itertools.cycle(both)
+    settings = settings_for(redis_url, files_url=files_url)
+    async with serving(settings) as first, serving(settings) as second:
+        yield itertools.cycle((first, second))
 
 
 @pytest.fixture
-async def pod(pods: Iterator[RunningPod]) -> RunningPod:
-    return next(pods)
+async def pod(redis: ArqRedis, redis_url: str, files_url: str) -> AsyncIterator[RunningPod]:
+    async with serving(settings_for(redis_url, files_url=files_url, max_file_bytes=40 * MIB)) as running:
+        yield running
+
+
+@pytest.fixture
+async def local_pod(redis: ArqRedis, redis_url: str, tmp_path: Path) -> AsyncIterator[RunningPod]:
+    """One for what doesn't depend on where files are kept."""
+    async with serving(settings_for(redis_url, files_url=str(tmp_path))) as running:
+        yield running
 
 
 def files_of(pod: RunningPod) -> Files:
@@ -78,3 +95,422 @@ async def test_files_of_any_size(pods: Iterator[RunningPod], size: int) -> None:
     assert made.bytes == size
     assert (await next(pods).openai.files.content(made.id)).content == data
     await next(pods).openai.files.delete(made.id)
+
+
+# Names and owners
+
+
+@pytest.mark.parametrize(
+    ("name", "disposition"),
+    [
+        ("naïve 文.jsonl", "attachment; filename*=utf-8''na%C3%AFve%20%E6%96%87.jsonl"),
+        ("../../etc/passwd", "attachment; filename*=utf-8''..%2F..%2Fetc%2Fpasswd"),
+        ("x" * 255, f'attachment; filename="{"x" * 255}"'),
+    ],
+)
+async def test_a_name_is_only_a_name(pod: RunningPod, name: str, disposition: str) -> None:
+    """Whatever stands in it, the file lies under its id, and the name comes back as it was given."""
+    made = await upload(pod.openai, name=name)
+    assert made.filename == name
+    assert (await pod.openai.files.retrieve(made.id)).filename == name
+    content = await pod.openai.files.content(made.id)
+    assert content.content == LINES
+    assert content.response.headers["content-disposition"] == disposition
+    assert await files_of(pod).storage.size(made.id) == len(LINES)
+
+
+async def test_files_belong_to_the_key_that_made_them(
+    redis: ArqRedis, redis_url: str, tmp_path: Path
+) -> None:
+    settings = settings_for(redis_url, files_url=str(tmp_path), api_key=("one", "two"))
+    async with serving(settings) as pod:
+        first, second = pod.openai.copy(api_key="one"), pod.openai.copy(api_key="two")
+        made = await upload(first)
+        for call in ("retrieve", "content", "delete"):
+            with pytest.raises(NotFoundError, match="only the API key that made it"):
+                await getattr(second.files, call)(made.id)
+        assert (await second.files.list()).data == []
+        assert (await first.files.list()).data == [made]
+        assert (await first.files.content(made.id)).content == LINES
+        assert (await pod.http.get("/v1/files")).status_code == 401
+        assert (await pod.http.post("/v1/files")).status_code == 401
+
+
+@pytest.mark.parametrize("file_id", ["file-1", "file-", "nothing", "chatcmpl-1", "file-é", "*"])
+async def test_an_id_that_is_none(pod: RunningPod, file_id: str) -> None:
+    for call in ("retrieve", "content", "delete"):
+        with pytest.raises(NotFoundError) as error:
+            await getattr(pod.openai.files, call)(file_id)
+        assert error.value.code == "file_not_found"
+        assert error.value.param == "file_id"
+
+
+# Lists
+
+
+async def test_lists_page_by_page(pods: Iterator[RunningPod]) -> None:
+    """In the order of their making, without a gap or a repetition, whichever pod is asked for a page."""
+    made = [
+        await upload(next(pods).openai, name=f"{number}", purpose=("user_data", "batch")[number % 2])
+        for number in range(7)
+    ]
+    newest = made[::-1]
+    everything = await next(pods).openai.files.list()
+    assert (everything.data, everything.has_more) == (newest, False)
+    raw = (await next(pods).http.get("/v1/files", params={"limit": 3})).json()
+    assert raw["object"] == "list"
+    assert (raw["first_id"], raw["last_id"], raw["has_more"]) == (newest[0].id, newest[2].id, True)
+    assert raw["data"] == [each.model_dump(mode="json") for each in newest[:3]]
+    for limit in (1, 2, 3, 7, 8):
+        assert [each async for each in next(pods).openai.files.list(limit=limit)] == newest
+        assert [each async for each in next(pods).openai.files.list(limit=limit, order="asc")] == made
+    batches = next(pods).openai.files.list(purpose="batch", limit=2)
+    assert [each async for each in batches] == [each for each in newest if each.purpose == "batch"]
+    rest = await next(pods).openai.files.list(after=newest[4].id)
+    assert (rest.data, rest.has_more) == (newest[5:], False)
+    nothing = await next(pods).openai.files.list(purpose="evals")
+    assert (nothing.data, nothing.has_more) == ([], False)
+
+
+@pytest.mark.parametrize("order", ["asc", "desc"])
+async def test_whoever_pages_may_delete_what_it_has_seen(
+    pods: Iterator[RunningPod], order: Literal["asc", "desc"]
+) -> None:
+    made = [(await upload(next(pods).openai)).id for _ in range(5)]
+    seen = []
+    async for file in next(pods).openai.files.list(limit=2, order=order):
+        seen.append(file.id)
+        await next(pods).openai.files.delete(file.id)
+    assert seen == (made if order == "asc" else made[::-1])
+    assert (await next(pods).openai.files.list()).data == []
+
+
+async def test_a_long_list(pod: RunningPod) -> None:
+    """Longer than what is read from Redis at once, with files in it that are gone."""
+    files = files_of(pod)
+    count = 2 * PAGE + 10
+    records = [
+        FileRecord(id=new_id("file"), bytes=1, created_at=1, filename="x", purpose="evals", owner="")
+        for _ in range(count)
+    ]
+    for record in records:
+        await files.publish(record)
+    for record in records[5 : PAGE + 5]:
+        await files.catalogue.remove(record)
+    left = [record.id for record in (*records[:5], *records[PAGE + 5 :])]
+    page, more = await files.page("", after=None, limit=10_000, newest_first=False, purpose=None)
+    assert ([record.id for record in page], more) == (left, False)
+    page, more = await files.page("", after=None, limit=len(left) - 1, newest_first=True, purpose="evals")
+    assert ([record.id for record in page], more) == (left[:0:-1], True)
+
+
+@pytest.mark.parametrize(
+    ("query", "param", "words"),
+    [
+        ("limit=0", "limit", "from 1 to 10000"),
+        ("limit=10001", "limit", "from 1 to 10000"),
+        ("limit=99999999999999999999", "limit", "from 1 to 10000"),
+        ("limit=x", "limit", "'x'"),
+        ("limit=²", "limit", "'²'"),
+        ("limit=", "limit", "''"),
+        ("order=up", "order", "asc or desc"),
+        ("after=file-1", "after", "the id of a file"),
+        ("befor=1", "befor", "not a parameter"),
+    ],
+)
+async def test_a_wrong_parameter_of_a_list(pod: RunningPod, query: str, param: str, words: str) -> None:
+    response = await pod.http.get(f"/v1/files?{query}")
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+
+
+# The end of a file
+
+
+async def test_when_a_file_expires(pod: RunningPod) -> None:
+    made = await upload(pod.openai, expires_after={"anchor": "created_at", "seconds": 3600})
+    assert made.expires_at == made.created_at + 3600
+    of_a_batch = await upload(pod.openai, purpose="batch")
+    assert of_a_batch.expires_at == of_a_batch.created_at + 30 * 24 * 3600
+    soon = await upload(pod.openai, purpose="batch", expires_after={"anchor": "created_at", "seconds": 7200})
+    assert soon.expires_at == soon.created_at + 7200
+
+
+async def test_an_expired_file_is_gone(pods: Iterator[RunningPod], redis: ArqRedis, files_url: str) -> None:
+    """In time even if no pod sweeps; its bytes, and its place in the list, with the next sweep of any."""
+
+    async def chunks() -> AsyncIterator[bytes]:
+        yield LINES
+
+    pod = next(pods)
+    files = files_of(pod)
+    stays = await upload(pod.openai)
+    record = await files.create("", "x", "user_data", chunks(), life_s=2)
+    assert (await pod.openai.files.retrieve(record.id)).expires_at == record.expires_at
+    await wait_until(lambda: gone(next(pods), record.id))
+    assert now() >= (record.expires_at or 0)
+    assert [each.id for each in (await next(pods).openai.files.list()).data] == [stays.id]
+    assert sum(await asyncio.gather(files.sweep(), files_of(next(pods)).sweep())) >= 1
+    (left,) = left_in(files_url)
+    assert left.endswith(stays.id)
+    assert await redis.zrange(keys.files(""), 0, -1) == [stays.id.encode()]
+    assert await redis.zcard(keys.FILES_DUE) == 0
+
+
+async def gone(pod: RunningPod, file_id: str) -> bool:
+    return (await pod.http.get(f"/v1/files/{file_id}")).status_code == 404
+
+
+async def test_bytes_that_are_lost_are_said_to_be(pod: RunningPod) -> None:
+    made = await upload(pod.openai)
+    await files_of(pod).storage.delete(made.id)
+    with pytest.raises(InternalServerError, match="Upload it again") as error:
+        await pod.openai.files.content(made.id)
+    assert error.value.code == "file_lost"
+    await pod.openai.files.delete(made.id)
+
+
+# Forms
+
+
+async def nothing_left(redis: ArqRedis, files_url: str) -> None:
+    """Neither bytes nor a record nor a reservation."""
+    assert left_in(files_url) == []
+    assert not [key async for key in redis.scan_iter(match="llmboost:file*")]
+
+
+async def post(pod: RunningPod, body: bytes | AsyncIterator[bytes], **headers: str) -> httpx.Response:
+    headers = {"content-type": CONTENT_TYPE, **headers}
+    return await pod.http.post("/v1/files", content=body, headers=headers)
+
+
+EXPIRES = (value("expires_after[anchor]", "created_at"), value("expires_after[seconds]", "3600"))
+
+
+@pytest.mark.parametrize("parts", [*itertools.permutations([FILE, PURPOSE, *EXPIRES])])
+async def test_fields_come_in_any_order(local_pod: RunningPod, parts: Sequence[Part]) -> None:
+    response = await post(local_pod, form(*parts))
+    assert response.status_code == 200, response.text
+    made = response.json()
+    assert made["expires_at"] == made["created_at"] + 3600
+    assert (await local_pod.http.get(f"/v1/files/{made['id']}/content")).content == FILE[1]
+
+
+async def test_a_form_comes_in_any_pieces(pod: RunningPod) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        for byte in form(PURPOSE, FILE):
+            yield bytes([byte])
+
+    made = (await post(pod, pieces())).json()
+    assert (await pod.openai.files.content(made["id"])).content == FILE[1]
+
+
+LONG = b"x" * (3 * MIB)
+
+WRONG: dict[str, tuple[bytes, str | None, str]] = {
+    "nothing": (b"", None, "breaks off"),
+    "no form": (b'{"purpose": "batch"}', None, "oundary"),
+    "no parts": (f"--{BOUNDARY}--\r\n".encode(), "purpose", "missing"),
+    "no file": (form(PURPOSE), "file", "missing"),
+    "no purpose": (form((FILE[0], LONG)), "purpose", "missing"),
+    "unknown purpose": (form((FILE[0], LONG), value("purpose", "fun")), "purpose", "fun"),
+    "the batch runner's purpose": (form(value("purpose", "batch_output"), FILE), "purpose", "batch_output"),
+    "two purposes": (form(PURPOSE, PURPOSE, FILE), "purpose", "twice"),
+    "two files": (form(PURPOSE, (FILE[0], LONG), FILE), "file", "twice"),
+    "a file that is none": (form(PURPOSE, value("file", "x")), "file", "filename"),
+    "a long name": (form(PURPOSE, (f'; name="file"; filename="{"x" * 256}"', b"")), "file", "255"),
+    "unknown field": (form(PURPOSE, FILE, value("purposes", "x")), "purposes", "Did you mean 'purpose'?"),
+    "long field": (form(value("purpose", "x" * 2000), FILE), "purpose", "longer than"),
+    "no anchor": (form(PURPOSE, FILE, EXPIRES[1]), "expires_after.anchor", "missing"),
+    "no seconds": (form(PURPOSE, FILE, EXPIRES[0]), "expires_after.seconds", "missing"),
+    "another anchor": (
+        form(PURPOSE, FILE, value("expires_after[anchor]", "last_active_at"), EXPIRES[1]),
+        "expires_after.anchor",
+        "created_at",
+    ),
+    "few seconds": (
+        form(PURPOSE, FILE, EXPIRES[0], value("expires_after[seconds]", "3599")),
+        "expires_after.seconds",
+        "at least 3600",
+    ),
+    "many seconds": (
+        form(PURPOSE, FILE, EXPIRES[0], value("expires_after[seconds]", "2592001")),
+        "expires_after.seconds",
+        "at most 2592000",
+    ),
+    "no number": (
+        form(PURPOSE, FILE, EXPIRES[0], value("expires_after[seconds]", "1h")),
+        "expires_after.seconds",
+        "an integer",
+    ),
+    "broken off": (form(PURPOSE, (FILE[0], LONG))[:-10], None, "breaks off"),
+    "another boundary": (form(PURPOSE, FILE).replace(BOUNDARY.encode(), b"other"), None, "oundary"),
+}
+
+
+@pytest.mark.parametrize(
+    ("files_url", "name"),
+    [*(("local", name) for name in WRONG), ("s3", "two files"), ("s3", "no purpose"), ("s3", "broken off")],
+    indirect=["files_url"],
+)
+async def test_a_wrong_form_is_refused_and_leaves_nothing(
+    pod: RunningPod, redis: ArqRedis, files_url: str, name: str
+) -> None:
+    body, param, words = WRONG[name]
+    response = await post(pod, body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == param
+    assert words in error["message"]
+    await nothing_left(redis, files_url)
+
+
+@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data", ""])
+async def test_a_wrong_content_type_is_refused(local_pod: RunningPod, kind: str) -> None:
+    response = await post(local_pod, form(PURPOSE, FILE), **{"content-type": kind})
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "invalid_form"
+
+
+async def test_an_encoded_form_is_refused(local_pod: RunningPod) -> None:
+    response = await post(local_pod, form(PURPOSE, FILE), **{"content-encoding": "gzip"})
+    assert response.status_code == 415
+
+
+@pytest.mark.parametrize("declared", [True, False])
+async def test_a_file_that_is_too_large_leaves_nothing(
+    pod: RunningPod, redis: ArqRedis, files_url: str, declared: bool
+) -> None:
+    async def pieces() -> AsyncIterator[bytes]:
+        head, tail = form(PURPOSE, (FILE[0], b"|")).split(b"|")
+        yield head
+        for _ in range(41):
+            yield bytes(MIB)
+        yield tail
+
+    body = pieces() if not declared else b"".join([piece async for piece in pieces()])
+    response = await post(pod, body)
+    assert response.status_code == 413
+    assert response.json()["error"]["code"] == "file_too_large"
+    assert str(40 * MIB) in response.json()["error"]["message"]
+    await nothing_left(redis, files_url)
+
+
+async def test_a_client_that_leaves_leaves_nothing(pod: RunningPod, redis: ArqRedis, files_url: str) -> None:
+    """In the middle of its file, whose beginning was stored already."""
+
+    async def pieces() -> AsyncIterator[bytes]:
+        yield form(PURPOSE, (FILE[0], LONG))[: 2 * MIB]
+        await wait_until(lambda: redis.zcard(keys.FILES_DUE))
+        raise EOFError
+
+    with pytest.raises(EOFError):
+        await post(pod, pieces())
+    await wait_until(lambda: not pod.server.server_state.tasks)
+    await nothing_left(redis, files_url)
+
+
+async def test_a_killed_pod_leaves_nothing_that_is_seen(
+    pods: Iterator[RunningPod], redis: ArqRedis, files_url: str
+) -> None:
+    """What its upload has written goes with a sweep, some time after."""
+    files = files_of(next(pods))
+    draft = files.draft("")  # whose block never ends
+    await draft.write(LONG)
+    assert (await next(pods).openai.files.list()).data == []
+    assert await files.sweep() == 0
+    await redis.zadd(keys.FILES_DUE, {f":{draft.id}": 1}, xx=True)
+    assert await files_of(next(pods)).sweep() == 1
+    await nothing_left(redis, files_url)
+    await draft.__aexit__(EOFError, None, None)
+
+
+async def test_bytes_whose_record_is_not_made_go_by_themselves(
+    pod: RunningPod, redis: ArqRedis, files_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Redis may have heard of the file, so its bytes stay as long as that isn't known."""
+    files = files_of(pod)
+
+    async def fail(record: FileRecord) -> None:
+        raise RedisConnectionError("away")
+
+    monkeypatch.setattr(files.catalogue, "publish", fail)
+    monkeypatch.setattr(directory, "PATIENCE_S", 0.1)
+    with pytest.raises(InternalServerError):
+        await upload(pod.openai.with_options(max_retries=0))
+    ((member, _),) = await redis.zrange(keys.FILES_DUE, 0, -1, withscores=True)
+    (left,) = left_in(files_url)
+    assert left.endswith(member.decode().removeprefix(":"))
+    await redis.zadd(keys.FILES_DUE, {member: 1})
+    assert await files.sweep() == 1
+    await nothing_left(redis, files_url)
+
+
+# A storage that fails
+
+
+class AwayFolder:
+    """One that can't be reached, whatever is asked of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.begin if name == "begin" else self.fail
+
+    def begin(self, name: str) -> "AwayFolder":
+        return self
+
+    def fail(self, *_: object) -> None:
+        raise OSError("it is away")
+
+
+async def test_a_storage_that_is_away(
+    pod: RunningPod, redis: ArqRedis, monkeypatch: pytest.MonkeyPatch, files_url: str
+) -> None:
+    """503 for what needs it, and the pod lives on; what was to be removed is removed when it comes back."""
+    made = await upload(pod.openai)
+    files = files_of(pod)
+
+    with monkeypatch.context() as away:
+        away.setattr(files.storage, "_folder", AwayFolder())
+        client = pod.openai.with_options(max_retries=0)
+        for call in (upload(client), client.files.content(made.id)):
+            with pytest.raises(InternalServerError, match="storage of files") as error:
+                await call
+            assert error.value.status_code == 503
+            assert error.value.response.headers["retry-after"]
+        assert await client.files.retrieve(made.id) == made
+        assert (await client.files.list()).data == [made]
+        await client.files.delete(made.id)
+        assert await gone(pod, made.id)
+    for member in await redis.zrange(keys.FILES_DUE, 0, -1):
+        await redis.zadd(keys.FILES_DUE, {member: 1})
+    await files.sweep()
+    await nothing_left(redis, files_url)
+
+
+async def test_a_slow_storage_is_not_the_clients_fault(
+    redis: ArqRedis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The time that an upload has to arrive does not pass while the pod takes nothing of it."""
+    settings = settings_for(redis_url, files_url=str(tmp_path), receive_timeout=0.1)
+    looks = 0
+    look = ClientConnection._on_late
+
+    def counted(connection: ClientConnection) -> None:
+        nonlocal looks
+        looks += 1
+        look(connection)
+
+    monkeypatch.setattr(ClientConnection, "_on_late", counted)
+    async with serving(settings) as pod:
+        storage = files_of(pod).storage
+        write = storage.run
+
+        async def slow(*arguments: Any) -> Any:
+            await wait_until(lambda: looks > 3)
+            return await write(*arguments)
+
+        monkeypatch.setattr(storage, "run", slow)
+        made = await upload(pod.openai.with_options(max_retries=0), LONG)
+        assert made.bytes == len(LONG)

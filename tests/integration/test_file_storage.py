@@ -1,6 +1,7 @@
 """Objects are there whole or not at all, wherever they are kept."""
 
 import asyncio
+import contextlib
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -29,6 +30,14 @@ async def content(storage: FileStorage, name: str, offset: int = 0) -> bytes:
     return b"".join([piece async for piece in storage.read(name, offset)])
 
 
+async def give_up(storage: FileStorage, data: bytes) -> None:
+    """Writes it, and fails before the end."""
+    with contextlib.suppress(EOFError):
+        async with storage.write("file-1") as writer:
+            await writer.write(data)
+            raise EOFError
+
+
 @pytest.mark.parametrize("data", [b"", b"x", LARGE], ids=["empty", "small", "large"])
 async def test_what_is_written_is_read(storage: FileStorage, data: bytes) -> None:
     async with storage.write("file-1") as writer:
@@ -46,20 +55,14 @@ async def test_what_is_written_is_read(storage: FileStorage, data: bytes) -> Non
 
 @pytest.mark.parametrize("data", [b"", b"x", LARGE], ids=["empty", "small", "large"])
 async def test_what_is_given_up_was_never_there(storage: FileStorage, data: bytes, files_url: str) -> None:
-    with pytest.raises(RuntimeError):
-        async with storage.write("file-1") as writer:
-            await writer.write(data)
-            raise RuntimeError
+    await give_up(storage, data)
     assert not await storage.exists("file-1")
     assert left_in(files_url) == []
 
 
 async def test_what_is_given_up_leaves_the_older_one(storage: FileStorage) -> None:
     await storage.put("file-1", b"old")
-    with pytest.raises(RuntimeError):
-        async with storage.write("file-1") as writer:
-            await writer.write(LARGE)
-            raise RuntimeError
+    await give_up(storage, LARGE)
     assert await content(storage, "file-1") == b"old"
     await storage.put("file-1", b"new")
     assert await content(storage, "file-1") == b"new"
@@ -157,16 +160,31 @@ async def test_line_breaks(storage: FileStorage, data: bytes, lines: list[bytes 
     assert [line.data async for line in storage.lines("file-1", max_bytes=5)] == lines
 
 
+async def test_what_killed_writers_leave_is_discarded(storage: FileStorage, files_url: str) -> None:
+    """And nothing of others whose names begin alike."""
+    writers = [storage.write(name) for name in ("file-1", "file-1", "file-11")]
+    for writer in writers:
+        await writer.write(LARGE)
+    await storage.put("file-1", b"x")
+    await storage.discard("file-1")
+    (left,) = left_in(files_url)
+    assert "file-11" in left
+    await storage.discard("file-1")
+    for writer in writers:
+        await writer.abort()
+    assert left_in(files_url) == []
+
+
 async def test_what_killed_writers_leave_is_swept(tmp_path: Path) -> None:
     storage = FileStorage(str(tmp_path))
-    writer = storage.write("batch-1/a")
-    await writer.write(LARGE)
+    await storage.write("batch-1/a").write(LARGE)
+    await storage.sweep(3600)
+    parts = left_in(str(tmp_path / "batch-1"))
+    assert len(parts) == 1
     assert await storage.list("batch-1") == []
+    os.utime(tmp_path / "batch-1" / parts[0], (1, 1))
     await storage.sweep(3600)
-    (part,) = tmp_path.rglob("*.part")
-    os.utime(part, (1, 1))
-    await storage.sweep(3600)
-    assert not list(tmp_path.rglob("*.part"))
+    assert left_in(str(tmp_path / "batch-1")) == []
     storage.close()
 
 

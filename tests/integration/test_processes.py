@@ -56,12 +56,40 @@ def test_it_says_where_it_is_once_a_worker_serves() -> None:
 def test_a_signal_leaves_nothing_behind(number: signal.Signals, tmp_path: Path) -> None:
     with serve("--dp", "2", env={"TMPDIR": str(tmp_path)}) as command:
         url_of(command)
-        assert len(command.family()) == 5  # itself, Redis, the pod, two workers
+        assert len(command.family()) == 6  # itself, Redis, the pod, two workers, and who removes its files
         command.signal(number)
         assert command.wait() == 0
         assert command.family() == []
         assert "Traceback" not in command.log
         assert os.listdir(tmp_path) == []
+
+
+def files_folder_of(command: Command) -> str | None:
+    """Where the command's pod keeps files; None: where a pod does by itself."""
+    return command.member("api").environ().get("LLMBOOST_FILES_URL")
+
+
+def test_files_are_kept_for_as_long_as_redis_is_kept(tmp_path: Path, redis_url: str) -> None:
+    """Without a data folder neither is: a signal leaves nothing behind."""
+    data, temporary = tmp_path / "data", tmp_path / "temporary"
+    temporary.mkdir()
+    with serve(env={"TMPDIR": str(temporary)}) as command:
+        url_of(command)
+        (folder,) = temporary.iterdir()
+        assert files_folder_of(command) == str(folder)
+        (folder / "file-1").write_text("x")
+        command.signal(signal.SIGTERM)
+        assert command.wait() == 0
+    assert os.listdir(temporary) == []
+    for flags, expected in (
+        (["--data-dir", str(data)], str(data / "files")),
+        (["--redis-url", redis_url], None),
+        (["--files-url", str(tmp_path)], str(tmp_path)),
+    ):
+        with serve(*flags, env={"TMPDIR": str(temporary)}) as command:
+            url_of(command)
+            assert files_folder_of(command) == expected
+            assert os.listdir(temporary) == []
 
 
 def test_a_signal_while_it_starts(tmp_path: Path) -> None:

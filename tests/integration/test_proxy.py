@@ -73,6 +73,28 @@ async def proxy(folder: Path, ports: tuple[int, int]) -> AsyncIterator[httpx.Asy
             yield client
 
 
+async def test_a_file_goes_straight_on(tmp_path: Path) -> None:
+    """It is nowhere kept on its way, and its size is for the pod to judge."""
+    arrived = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(1)
+        arrived.set()
+        writer.close()
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b"x"
+        await asyncio.wait_for(arrived.wait(), 10)
+        raise EOFError
+
+    port = free_port()
+    async with await asyncio.start_server(serve, "127.0.0.1", port), proxy(tmp_path, (port, port)) as client:
+        headers = {"content-length": str(1 << 40)}
+        with pytest.raises(EOFError):
+            await client.post("/v1/files", content=body(), headers=headers)
+
+
 async def one_word(head: bytes, writer: asyncio.StreamWriter) -> None:
     writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nword")
     await writer.drain()

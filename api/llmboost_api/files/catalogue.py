@@ -23,6 +23,8 @@ PLACE_KEPT_S = 3600.0
 
 PUBLISH_FILE = """
 local function publish_file(record, index, due, id, member, value, expires)
+  -- It had a record, which was deleted: whoever asks again, not knowing that it was heard, comes too late.
+  if redis.call('ZSCORE', index, id) and redis.call('EXISTS', record) == 0 then return end
   redis.call('SET', record, value)
   local time = redis.call('TIME')
   local at = time[1] * 1000000 + time[2]
@@ -38,7 +40,7 @@ local function publish_file(record, index, due, id, member, value, expires)
 end
 """
 """Lua prelude: `publish_file` takes `publication`'s keys and arguments, for a script that makes a file known
-together with something else. May be called again for the same record."""
+together with something else. May be called again for the same record, and brings no deleted file back."""
 
 
 def publication(record: FileRecord) -> tuple[list[str], list[Value]]:
@@ -57,9 +59,7 @@ _RESERVE = Script(NOW + "redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])")
 _REMOVE = Script(
     NOW
     + """
-if redis.call('DEL', KEYS[1]) == 0 then return 0 end
-redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1])
-return 1
+if redis.call('DEL', KEYS[1]) == 1 then redis.call('ZADD', KEYS[2], now + ARGV[2], ARGV[1]) end
 """
 )
 
@@ -101,17 +101,16 @@ class Catalogue:
         record = decode(value)
         return record if record.owner == owner else None
 
-    async def remove(self, record: FileRecord) -> bool:
-        """Makes a file unknown; false if it was already. Its bytes are then to be removed.
+    async def remove(self, record: FileRecord) -> None:
+        """Makes a file unknown, if it is known. Its bytes are then to be removed.
 
         Its place in the index is kept for a while, for whoever pages through the files and deletes them.
         """
-        removed = await _REMOVE(
+        await _REMOVE(
             self.redis,
             [keys.file(record.id), keys.FILES_DUE],
             [_member(record.owner, record.id), int(PLACE_KEPT_S * 1000)],
         )
-        return bool(removed)
 
     async def remove_due(self) -> list[tuple[str, str]]:
         """Makes unknown what is to go by now: (owner, file id) of up to `SWEPT_AT_ONCE` files whose bytes are

@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterable, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterable
 from contextlib import suppress
 from functools import partial
 from types import TracebackType
@@ -61,13 +61,13 @@ class Files:
         filename: str,
         purpose: str,
         chunks: AsyncIterable[bytes],
-        expires_at: int | None = None,
+        life_s: int | None = None,
     ) -> FileRecord:
-        """A new file with these bytes."""
+        """A new file with these bytes, which expires after `life_s` seconds, if at all."""
         async with self.draft(owner) as draft:
             async for chunk in chunks:
                 await draft.write(chunk)
-            return await draft.publish(filename, purpose, expires_at)
+            return await draft.publish(filename, purpose, life_s)
 
     async def reserve(self, owner: str, file_id: str) -> None:
         """To be called before an object is written under a file's id, and every hour until
@@ -86,13 +86,13 @@ class Files:
             return None
         return await answered(partial(self.catalogue.get, owner, file_id))
 
-    def read(self, record: FileRecord, offset: int = 0) -> AsyncIterator[bytes]:
+    def read(self, record: FileRecord, offset: int = 0) -> AsyncGenerator[bytes, None]:
         """The file's bytes."""
         return self.storage.read(record.id, offset)
 
     def lines(
         self, record: FileRecord, *, offset: int = 0, number: int = 1, max_bytes: int = MAX_LINE_BYTES
-    ) -> AsyncIterator[Line]:
+    ) -> AsyncGenerator[Line, None]:
         """The file's lines, from `offset` on: see `FileStorage.lines`."""
         return self.storage.lines(record.id, offset=offset, number=number, max_bytes=max_bytes)
 
@@ -124,8 +124,9 @@ class Files:
     async def delete(self, owner: str, file_id: str) -> bool:
         """Removes one of the owner's files; false if there is no such file."""
         record = await self.get(owner, file_id)
-        if record is None or not await answered(partial(self.catalogue.remove, record)):
+        if record is None:
             return False
+        await answered(partial(self.catalogue.remove, record))
         try:
             await self.storage.delete(record.id)
         except StorageError as error:  # a sweep will do it
@@ -140,7 +141,7 @@ class Files:
         count = 0
         while removed := await self.catalogue.remove_due():
             for owner, file_id in removed:
-                await self.storage.delete(file_id)
+                await self.storage.discard(file_id)
                 await self.catalogue.forget(owner, file_id)
                 count += 1
         return count
@@ -198,18 +199,19 @@ class Draft:
             self._reserve_at = time.monotonic() + RESERVED_S / 4
         await self._writer.write(data)
 
-    async def publish(self, filename: str, purpose: str, expires_at: int | None = None) -> FileRecord:
-        """Makes it a file that its owner sees."""
+    async def publish(self, filename: str, purpose: str, life_s: int | None = None) -> FileRecord:
+        """Makes it a file that its owner sees, for `life_s` seconds or until it is deleted."""
         await self.write(b"")
         await self._writer.commit()
+        created = int(now())
         record = FileRecord(
             id=self.id,
             bytes=self.size,
-            created_at=int(now()),
+            created_at=created,
             filename=filename,
             purpose=purpose,
             owner=self.owner,
-            expires_at=expires_at,
+            expires_at=None if life_s is None else created + life_s,
         )
         self._publishing = True
         await self._files.publish(record)

@@ -59,6 +59,9 @@ class Folder(Protocol):
     def delete(self, name: str) -> None:
         """Removes an object; there may be none."""
 
+    def discard(self, name: str) -> None:
+        """Removes an object, and every partial one of that name."""
+
     def delete_all(self, prefix: str) -> None:
         """Removes every object below a name."""
 
@@ -137,6 +140,12 @@ class LocalFolder:
 
     def delete(self, name: str) -> None:
         (self._root / name).unlink(missing_ok=True)
+
+    def discard(self, name: str) -> None:
+        path = self._root / name
+        for part in path.parent.glob(f"{path.name}.*{PART}"):
+            part.unlink(missing_ok=True)
+        self.delete(name)
 
     def delete_all(self, prefix: str) -> None:
         with suppress(FileNotFoundError):
@@ -234,6 +243,18 @@ class RemoteFolder:
         with suppress(FileNotFoundError):
             self._filesystem.rm_file(self._path(name))
 
+    def discard(self, name: str) -> None:
+        if hasattr(self._filesystem, "abort_mpu"):  # S3
+            self._abort_uploads(name)
+        self.delete(name)
+
+    def _abort_uploads(self, name: str) -> None:
+        bucket, key, _ = self._filesystem.split_path(self._path(name))
+        found = self._filesystem.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=key)
+        for upload in found.get("Uploads", []):
+            if upload["Key"] == key:
+                self._filesystem.abort_mpu(bucket, key, upload["UploadId"])
+
     def delete_all(self, prefix: str) -> None:
         with suppress(FileNotFoundError):
             self._filesystem.rm(self._path(prefix), recursive=True)
@@ -246,7 +267,7 @@ class RemoteFolder:
         return sorted(path.removeprefix(f"{self._root}/") for path in found)
 
     def sweep(self, older_than: float) -> None:
-        """Nothing: what a killed upload leaves in a bucket is the bucket's to remove, by a lifecycle rule."""
+        """Nothing: an upload that was begun and not ended is the bucket's to remove, by a lifecycle rule."""
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"

@@ -6,8 +6,7 @@ import msgspec
 
 ID_PREFIX = "file"
 BATCH_OUTPUT = "batch_output"
-BATCH_LIFE_S = 30 * 24 * 3600
-"""Of files that batches read and write, unless they are given another: OpenAI's."""
+"""Purpose of what a batch writes; no client may give it."""
 
 
 class FileRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

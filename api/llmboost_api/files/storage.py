@@ -7,7 +7,7 @@ never a client's. Everything blocking runs in a few threads of its own.
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar, TypeVarTuple
@@ -101,13 +101,17 @@ class FileStorage:
         """Removes an object; there may be none."""
         await self.run(self._folder.delete, checked(name))
 
+    async def discard(self, name: str) -> None:
+        """Removes an object, and what killed writers of it have left."""
+        await self.run(self._folder.discard, checked(name))
+
     async def delete_all(self, prefix: str) -> None:
         """Removes all objects under a name, such as `batch-1` for `batch-1/…`."""
         await self.run(self._folder.delete_all, checked(prefix))
 
     # Reading
 
-    async def read(self, name: str, offset: int = 0) -> AsyncIterator[bytes]:
+    async def read(self, name: str, offset: int = 0) -> AsyncGenerator[bytes, None]:
         """The object's bytes from `offset` on, in pieces of `READ_BYTES` at most.
 
         Raises:
@@ -123,7 +127,7 @@ class FileStorage:
 
     async def lines(
         self, name: str, *, offset: int = 0, number: int = 1, max_bytes: int = MAX_LINE_BYTES
-    ) -> AsyncIterator[Line]:
+    ) -> AsyncGenerator[Line, None]:
         """The object's lines from `offset` on, in constant memory; the first has `number`.
 
         `line.end` of one is the `offset` at which the next begins. A line longer than `max_bytes` comes

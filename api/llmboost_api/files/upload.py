@@ -8,7 +8,6 @@ from typing import Any
 from fastapi import Request
 from pydantic import ValidationError
 
-from llmboost.jobs import now
 from llmboost_api.errors import ApiError
 from llmboost_api.files.files import Draft, Files
 from llmboost_api.files.multipart import MultipartError, MultipartReader, PartBegins, PartEnds
@@ -52,7 +51,7 @@ async def receive(request: Request, files: Files, asker: str, limit: int) -> Fil
                 code="invalid_form",
             ) from None
         filename, asked = form.checked()
-        return await draft.publish(filename, asked.purpose, asked.expires_at(int(now())))
+        return await draft.publish(filename, asked.purpose, asked.life_s())
 
 
 class _Form:

@@ -25,8 +25,8 @@ class FileRequest(RequestModel):
     purpose: Purpose
     expires_after: ExpiresAfter | None = None
 
-    def expires_at(self, created: int) -> int | None:
-        """When it goes, if it does: those of batches do, as OpenAI's."""
+    def life_s(self) -> int | None:
+        """After how many seconds it goes, if it does by itself: those of batches do, as OpenAI's."""
         if self.expires_after is not None:
-            return created + self.expires_after.seconds
-        return created + MONTH_S if self.purpose == "batch" else None
+            return self.expires_after.seconds
+        return MONTH_S if self.purpose == "batch" else None

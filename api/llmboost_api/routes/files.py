@@ -1,6 +1,6 @@
 """POST and GET /v1/files, GET and DELETE /v1/files/{id}, GET /v1/files/{id}/content."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from typing import Annotated, Any
 from urllib.parse import quote
@@ -110,8 +110,8 @@ def unknown_file(file_id: str, param: str = "file_id") -> ApiError:
     )
 
 
-async def _content(first: bytes, rest: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    async with aclosing(rest):  # type: ignore[type-var]
+async def _content(first: bytes, rest: AsyncGenerator[bytes, None]) -> AsyncIterator[bytes]:
+    async with aclosing(rest):
         if first:
             yield first
         async for piece in rest:
