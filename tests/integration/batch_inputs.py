@@ -15,9 +15,9 @@ from .api_pod import CHAT, chat
 ENDED = ("failed", "completed", "expired", "cancelled")
 
 
-def line(custom_id: str, body: dict[str, Any] | None = None, *, url: str = CHAT, **fields: Any) -> str:
-    """One request of a batch."""
-    envelope = {"custom_id": custom_id, "method": "POST", "url": url, "body": body or chat(), **fields}
+def line(custom_id: str, body: dict[str, Any] | None = None, /, **fields: Any) -> str:
+    """One request of a batch; `fields` change the envelope, and None leaves one out."""
+    envelope = {"custom_id": custom_id, "method": "POST", "url": CHAT, "body": body or chat(), **fields}
     return json.dumps({name: value for name, value in envelope.items() if value is not None})
 
 

@@ -1,27 +1,22 @@
 """Rows into parts: written, then committed, and only then are the streams that they came from forgotten."""
 
 import asyncio
-import logging
 import secrets
 import time
 from contextlib import suppress
 from functools import partial
 
 from llmboost.streams import persist
-from llmboost_api.batches.holding import BatchLost, Holding
+from llmboost_api.batches.holding import Holding
 from llmboost_api.batches.ledger import Ledger
-from llmboost_api.batches.output import Written
+from llmboost_api.batches.output import Row, Written
 from llmboost_api.batches.source import folder, stored
-from llmboost_api.files.storage import StorageError
 from llmboost_api.pod import Pod
-
-logger = logging.getLogger(__name__)
 
 OFTEN_S = 1.0
 RARELY = 0.02
 """Rows wait for a second, or for this part of the time that the batch has taken, if that is longer: so there
 are not too many parts, and never much to do again."""
-DELETED_AT_ONCE = 500
 
 
 class Committer:
@@ -37,6 +32,11 @@ class Committer:
         self._count = 0
         self._written: Written | None = None
         """Rows of which it is not certain that they are committed."""
+
+    @property
+    def uncommitted(self) -> list[Row]:
+        """Rows of which it is not certain that they are in a part."""
+        return [*(self._written.rows if self._written else ()), *self._ledger.rows.rows]
 
     async def run(self) -> None:
         """Until all that will ever be a row is committed.
@@ -72,19 +72,17 @@ class Committer:
     async def _commit(self, written: Written) -> None:
         for name, data in written.objects.items():
             await stored(partial(self._pod.files.storage.put, name, data))
-        try:
-            await persist(partial(self._holding.commit, written.results))
-        except BatchLost:
-            await self._discard(written)
-            raise
-        for start in range(0, len(written.streams), DELETED_AT_ONCE):
-            some = written.streams[start : start + DELETED_AT_ONCE]
-            await persist(partial(self._pod.streams.delete, some))
+        await persist(partial(self._holding.commit, written.results))
+        await persist(
+            partial(self._pod.streams.delete, [stream for row in written.rows for stream in row.streams])
+        )
 
-    async def _discard(self, written: Written) -> None:
-        """Nobody lists these objects, and whoever ends the batch may have removed the others already."""
-        try:
-            for name in written.objects:
-                await self._pod.files.storage.delete(name)
-        except StorageError as error:
-            logger.warning("an unlisted part is left behind: batch=%s %s", self._holding.id, error)
+    async def discard(self) -> None:
+        """The batch is another runner's: removes what was written for it and not committed. That one may have
+        removed everything else already."""
+        if self._written is None:
+            return
+        # The commit may have been refused at the second try only.
+        listed = {part.name for part in await persist(self._holding.parts)}
+        for name in self._written.objects.keys() - listed:
+            await stored(partial(self._pod.files.storage.delete, name))

@@ -53,12 +53,11 @@ class Execution:
             await self._hand_over()
             raise
         except Exception as error:
-            if isinstance(error, ExceptionGroup) and error.subgroup(BatchLost):
+            if await self._is_lost(error):
                 logger.info("batch lost: batch=%s attempt=%d", self._holding.id, self._holding.attempt)
                 await self._withdraw()
             else:  # a defect must neither end the runner nor go round as fast as it can
                 logger.exception("batch failed, and is taken up again: batch=%s", self._holding.id)
-                await self._release(AGAIN_S)
 
     async def _renew_forever(self) -> None:
         while True:
@@ -193,9 +192,15 @@ class Execution:
         except Exception:
             logger.exception("batch not handed over: batch=%s", self._holding.id)
 
-    async def _release(self, pause: float) -> None:
-        with suppress(BatchLost):
-            await persist(partial(self._holding.release, pause))
+    async def _is_lost(self, error: Exception) -> bool:
+        """Whether another runner has the batch, which may show in many ways. If not, it is released."""
+        if isinstance(error, ExceptionGroup) and error.subgroup(BatchLost):
+            return True
+        try:
+            await persist(partial(self._holding.release, AGAIN_S))
+        except BatchLost:
+            return True
+        return False
 
     async def _withdraw(self) -> None:
         with suppress(TimeoutError):

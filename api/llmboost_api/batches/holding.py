@@ -19,7 +19,7 @@ from redis.asyncio import Redis
 from llmboost import keys
 from llmboost.entries import Usage
 from llmboost.lua import NOW, Script, Value
-from llmboost_api.batches.record import Batch, Problem, Status, hash_of
+from llmboost_api.batches.record import ENDED, Batch, Problem, Status, hash_of
 from llmboost_api.files.catalogue import PUBLISH_FILE, publication
 from llmboost_api.files.record import FileRecord
 
@@ -120,6 +120,8 @@ end
 return 1
 """
 )
+
+_LINES_DONE = Script(_MINE + "return redis.call('GET', KEYS[2]) or ''")
 
 _COMMIT = Script(
     _MINE
@@ -222,8 +224,18 @@ class Holding:
         return Batch.of(await hash_of(self.redis, self.id))
 
     async def lines_done(self) -> bytes:
-        """The bitmap of lines that are in a part. Complete, if the batch was claimed before."""
-        return await self.redis.get(keys.batch_lines(self.id)) or b""
+        """The bitmap of lines that are in a part. Nobody but the holder can add to it."""
+        bitmap: bytes = await self._do(_LINES_DONE, [keys.batch_lines(self.id)], [])
+        return bitmap
+
+    async def done_elsewhere(self) -> bytes | None:
+        """The same, if another runner holds the batch; None if it has ended."""
+        async with self.redis.pipeline(transaction=True) as pipe:
+            pipe.hgetall(keys.batch(self.id))
+            pipe.get(keys.batch_lines(self.id))
+            fields, bitmap = await pipe.execute()
+        batch = Batch.of(fields)
+        return None if batch is None or batch.progress.status in ENDED else bitmap or b""
 
     async def parts(self) -> list[Part]:
         """All that are committed, in order."""

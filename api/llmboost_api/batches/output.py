@@ -75,11 +75,11 @@ class RowWriter:
 
 @dataclass(frozen=True, slots=True)
 class Written:
-    """Rows on their way into a batch: objects to write, what their commit says, and what goes after it."""
+    """Rows on their way into a batch: the objects to write, and what their commit says."""
 
+    rows: list[Row]
     objects: dict[str, bytes]
     results: Results
-    streams: list[str]
 
 
 @dataclass(slots=True)
@@ -123,4 +123,4 @@ class Rows:
             expired=sum(row.ending is Ending.EXPIRED for row in rows),
             usage=usage,
         )
-        return Written(objects, results, [stream for row in rows for stream in row.streams])
+        return Written(rows, objects, results)

@@ -61,12 +61,17 @@ class Work:
         await self._committer.flush()
 
     async def withdraw(self) -> None:
-        """Removes what this runner has submitted of lines that another one has finished meanwhile."""
-        done = await persist(self._holding.lines_done)
+        """Another runner has the batch: removes what this one has made that the other does not know of, or
+        needs no more."""
+        await self._committer.discard()
+        done = await persist(self._holding.done_elsewhere)
         for line in self._ledger:
-            if has_line(done, line.number):
+            if done is None or has_line(done, line.number):
                 await self._feeder.give_up(line, Ending.CANCELLED)
                 await self._pod.streams.delete(line.jobs)
+        for row in self._committer.uncommitted:
+            if done is None or has_line(done, row.number):
+                await self._pod.streams.delete(row.streams)
 
     async def _watch(self) -> None:
         """Ends the batch early, if it is cancelled or its window closes."""

@@ -1,0 +1,188 @@
+"""Whatever moment a runner is killed or frozen at, each line of its batch is in the output once."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
+
+import pytest
+from arq.connections import ArqRedis
+
+from llmboost import keys
+from llmboost.jobs import GenerationJob, new_id, now
+from llmboost.settings import ApiSettings
+from llmboost.streams import persist
+from llmboost_api.batches import collecting, execution, holding, output, source
+from llmboost_api.batches.execution import Execution
+from llmboost_api.batches.record import ID_PREFIX, BatchRecord
+from llmboost_api.batches.source import folder
+from llmboost_api.pod import Pod
+from tests.waiting import wait_until
+
+from .api_pod import CHAT, ScriptedWorker, Step, chat, ends, says, settings_for
+from .batch_inputs import line
+from .mortal import Fate, Killed, mortal_pod
+
+LINES = 5
+REFUSED = 4
+"""The number of a line that the endpoint does not take."""
+OPERATIONS = 30
+"""Fewer than it takes to run the batch."""
+
+
+@pytest.fixture
+def settings(redis_url: str, tmp_path: object) -> ApiSettings:
+    return settings_for(redis_url, files_url=str(tmp_path))
+
+
+@pytest.fixture(autouse=True)
+def no_time_to_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A batch can be taken over at once, whatever its runner may think; and it has many parts."""
+    monkeypatch.setattr(output, "ROWS", 2)
+    monkeypatch.setattr(holding, "LEASE_S", 0)
+    monkeypatch.setattr(execution, "RENEW_EVERY_S", 0.02)
+    monkeypatch.setattr(collecting, "FIRST_LOOK_S", 0.05)
+    monkeypatch.setattr(source, "FIRST_S", 0.01)
+
+
+def echo(job: GenerationJob) -> Iterator[Step]:
+    """Says what it was asked."""
+    assert job.prompt.messages is not None
+    yield from says([f"{job.prompt.messages[-1]['content']} {job.sampling.seed}"])
+    yield ends(1)
+
+
+async def make_batch(pod: Pod) -> BatchRecord:
+    """A batch that nobody has taken yet."""
+
+    async def content() -> AsyncIterator[bytes]:
+        for number in range(1, LINES + 1):
+            messages = [{"role": "user", "content": f"Question {number}"}]
+            body = chat(messages=messages, temperature=9 if number == REFUSED else 1)
+            yield (line(f"line-{number}", body) + "\n").encode()
+
+    file = await pod.files.create("", "input.jsonl", "batch", content())
+    record = BatchRecord(
+        id=new_id(ID_PREFIX),
+        owner="",
+        input_file_id=file.id,
+        endpoint=CHAT,
+        completion_window="1h",
+        created=now(),
+        deadline=now() + 3600,
+        output_life=3600,
+    )
+    await pod.batches.create(record, None)
+    return record
+
+
+async def execute(pod: Pod, name: str) -> None:
+    """Takes the one batch that there may be and runs it to the end, if it lives so long."""
+    with suppress(Killed):
+        for hold in await persist(lambda: holding.claim(pod.redis, name, 1)):
+            with suppress(BaseExceptionGroup):
+                await Execution(pod, hold).run()
+
+
+async def check(pod: Pod, record: BatchRecord) -> None:
+    """The batch has ended, with one row for each line, and nothing is left but its record and its files."""
+    batch = await pod.batches.get(record.id)
+    assert batch is not None
+    assert batch.progress.status == "completed"
+    assert (batch.progress.total, batch.progress.completed, batch.progress.failed) == (LINES, LINES - 1, 1)
+    found = []
+    for file_id in (batch.progress.output_file_id, batch.progress.error_file_id):
+        assert file_id is not None
+        file = await pod.files.get("", file_id)
+        assert file is not None
+        data = b"".join([piece async for piece in pod.files.read(file)])
+        assert len(data) == file.bytes
+        found.append([json.loads(row) for row in data.splitlines()])
+    output, errors = found
+    assert sorted(row["custom_id"] for row in output) == [
+        f"line-{number}" for number in range(1, LINES + 1) if number != REFUSED
+    ]
+    for row in output:
+        answer = row["response"]["body"]["choices"][0]["message"]["content"]
+        assert answer.startswith(f"Question {row['custom_id'][-1]} ")
+    (refused,) = errors
+    assert refused["custom_id"] == f"line-{REFUSED}"
+    assert refused["response"]["status_code"] == 400
+    assert f"Line {REFUSED}: 'temperature'" in refused["response"]["body"]["error"]["message"]
+    assert await pod.files.storage.list(folder(record.id)) == []
+    assert not await pod.redis.exists(
+        keys.BATCHES, keys.batch_lines(record.id), keys.batch_parts(record.id), keys.OPEN
+    )
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+async def test_killed_at_every_operation(
+    redis: ArqRedis, worker: ScriptedWorker, settings: ApiSettings, done: bool
+) -> None:
+    """A runner is killed at the first thing that it does, at the second, and so on, before that has an effect
+    or after: the next one brings the batch to its end, and generates nothing that was generated already."""
+    worker.script = echo
+    last, survived = 1, False
+    while not survived:
+        worker.jobs.clear()
+        async with mortal_pod(settings, Fate()) as pod:
+            record = await make_batch(pod)
+            fate = Fate(last, done=done)
+            async with mortal_pod(settings, fate) as dying:
+                await execute(dying, "first")
+            survived = not fate.reached.is_set()
+            if await redis.exists(keys.BATCHES):
+                await execute(pod, "second")
+            await check(pod, record)
+        assert len(worker.jobs) == LINES - 1
+        last += 1
+    assert last > OPERATIONS
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+async def test_frozen_at_every_operation(
+    redis: ArqRedis, worker: ScriptedWorker, settings: ApiSettings, done: bool
+) -> None:
+    """A runner is frozen at any thing that it does, and goes on when another has ended its batch: it changes
+    nothing, and leaves nothing behind."""
+    worker.script = echo
+    last, survived = 1, False
+    while not survived:
+        fate = Fate(last, done=done, frozen=True)
+        async with mortal_pod(settings, Fate()) as pod, mortal_pod(settings, fate) as zombie:
+            record = await make_batch(pod)
+            frozen = asyncio.create_task(execute(zombie, "first"))
+            reached = asyncio.create_task(fate.reached.wait())
+            await asyncio.wait([frozen, reached], return_when=asyncio.FIRST_COMPLETED)
+            reached.cancel()
+            survived = not fate.reached.is_set()
+            if await redis.exists(keys.BATCHES):
+                await execute(pod, "second")
+            fate.thawed.set()
+            await frozen
+            await wait_until(lambda: worker.finished == len(worker.jobs))
+            await check(pod, record)
+            assert [key async for key in redis.scan_iter(match=keys.stream("*"))] == []
+        last += 1
+    assert last > OPERATIONS
+
+
+@pytest.mark.parametrize("done", [False, True], ids=["before", "after"])
+async def test_failing_at_every_operation(
+    redis: ArqRedis, worker: ScriptedWorker, settings: ApiSettings, done: bool
+) -> None:
+    """Anything that a runner does may fail in passing, with an effect or without: the same runner brings the
+    batch to its end."""
+    worker.script = echo
+    last, survived = 1, False
+    while not survived:
+        worker.jobs.clear()
+        fate = Fate(last, done=done, fails=True)
+        async with mortal_pod(settings, Fate()) as pod, mortal_pod(settings, fate) as unlucky:
+            record = await make_batch(pod)
+            await execute(unlucky, "first")
+            survived = not fate.reached.is_set()
+            await check(pod, record)
+        assert len(worker.jobs) == LINES - 1
+        last += 1
+    assert last > OPERATIONS
