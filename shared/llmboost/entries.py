@@ -94,6 +94,15 @@ ReadEntry = tuple[str, Entry]
 
 
 @dataclass(frozen=True, slots=True)
+class ArqJob:
+    """A job for an arq worker, enqueued by a script, in the same move as whatever makes it due."""
+
+    queue: str
+    id: str
+    definition: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class FollowUp:
     """What follows from a request's end: kept in its first entry, done by whoever seals it."""
 
@@ -103,20 +112,19 @@ class FollowUp:
     """Key of a list that the id is pushed onto."""
     expires_with: str = ""
     """Key that is to expire together with the stream."""
-    arq_queue: str = ""
-    """arq queue into which a job goes, with the `arq_job` definition and an id made of the stream's."""
-    arq_job: bytes = b""
+    job: ArqJob | None = None
+    """Is enqueued."""
 
     def fields(self) -> list[str | bytes | int]:
         """As fields of the first entry, beside the entry itself. Only the seal's script reads them."""
         retention = None if self.retention is None else int(self.retention * 1000)
-        each = {
+        each: dict[str, str | bytes | int | None] = {
             "retention": retention,
             "push_to": self.push_to,
             "expires_with": self.expires_with,
-            "arq_queue": self.arq_queue,
-            "arq_job": self.arq_job,
         }
+        if self.job is not None:
+            each |= {"job_queue": self.job.queue, "job_id": self.job.id, "job": self.job.definition}
         return [part for name, value in each.items() if value for part in (name, value)]
 
 

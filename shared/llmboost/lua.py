@@ -20,6 +20,15 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """Lua prelude: `now`, the server's time in ms."""
 
 
+ENQUEUE_ARQ = """
+local function enqueue_arq(key, queue, id, definition)
+  redis.call('SET', key, definition, 'PX', 86400000)
+  redis.call('ZADD', queue, now, id)
+end
+"""
+"""Lua prelude, after `NOW`: enqueues an `entries.ArqJob`; `key` is `keys.arq_job` of its id."""
+
+
 class Script:
     """A Lua source, sent once per server and afterwards named by its hash."""
 

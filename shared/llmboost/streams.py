@@ -34,7 +34,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from llmboost import keys
 from llmboost.audience import Audience
 from llmboost.entries import FIELD, Delta, Entry, Queued, ReadEntry, Started, Terminal, decode, encode
-from llmboost.lua import NOW, Script
+from llmboost.lua import ENQUEUE_ARQ, NOW, Script
 
 QUEUED_ID = "0-1"
 SEAL_ATTEMPT = 2**53 - 1
@@ -172,6 +172,7 @@ class SealOutcome(enum.Enum):
 
 _SEAL = Script(
     NOW
+    + ENQUEUE_ARQ
     + """
 local seal_id, payload, retention, attempt, id = unpack(ARGV)
 local function follow_up()
@@ -185,11 +186,7 @@ local function follow_up()
     redis.call('RPUSH', follow.push_to, id)
     redis.call('PEXPIRE', follow.push_to, 86400000)
   end
-  if follow.arq_queue then
-    local job_id = 'sealed:' .. id
-    redis.call('SET', KEYS[4] .. job_id, follow.arq_job, 'PX', 86400000)
-    redis.call('ZADD', follow.arq_queue, now, job_id)
-  end
+  if follow.job then enqueue_arq(KEYS[4] .. follow.job_id, follow.job_queue, follow.job_id, follow.job) end
 end
 local top = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
 local outcome

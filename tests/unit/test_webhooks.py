@@ -1,17 +1,14 @@
 """Webhooks without a network: what they say, how they are signed, and where they must not go."""
 
-from collections.abc import Sequence
-
 import openai
 import pytest
 
 from llmboost.addresses import is_public, literal
-from llmboost.entries import ChoiceDelta, Delta, Entry, ReadEntry, StreamError, Terminal
 from llmboost.jobs import new_id, now
 from llmboost.settings import ApiSettings
 from llmboost.webhooks import check
 from llmboost_api.webhooks import delivery, signature, targets
-from llmboost_api.webhooks.events import Event, response_status
+from llmboost_api.webhooks.events import Event
 from llmboost_api.webhooks.targets import Target, TargetRefused
 
 OLD, NEW, OTHER = (
@@ -65,32 +62,6 @@ def test_each_of_several_secrets_signs_and_no_other_secret_fits() -> None:
             CLIENT.webhooks.verify_signature(altered, headers, secret=secret)
     with pytest.raises(openai.InvalidWebhookSignatureError, match="too old"):
         CLIENT.webhooks.verify_signature(body, signature.headers(body, "evt_1", 1, [OLD]), secret=OLD)
-
-
-def stream(*entries: Entry) -> Sequence[ReadEntry]:
-    return [(f"1-{n}", entry) for n, entry in enumerate(entries)]
-
-
-def says(reason: str | None) -> Delta:
-    return Delta([ChoiceDelta(0, 0, [1], "a", reason)])
-
-
-@pytest.mark.parametrize(
-    ("entries", "status"),
-    [
-        (stream(says(None), says("stop"), Terminal("w")), "completed"),
-        (stream(says("length"), Terminal("w")), "incomplete"),
-        (stream(says(None), Terminal("w", error=StreamError("no"))), "failed"),
-        (stream(says("length"), Terminal("w", error=StreamError("no"))), "failed"),
-        (stream(says(None), Terminal("p", error=StreamError("by its id", code="cancelled"))), "cancelled"),
-        (stream(says("stop")), None),
-        (stream(), None),
-    ],
-)
-def test_how_a_response_ended_is_read_from_its_stream(
-    entries: Sequence[ReadEntry], status: str | None
-) -> None:
-    assert response_status(entries) == status
 
 
 # Where they must not go

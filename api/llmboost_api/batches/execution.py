@@ -126,6 +126,7 @@ class Execution:
             output=output,
             error=error,
             problems=problems,
+            job=self._pod.webhooks.batch_event(batch.id, status),
         )
         await persist(finish)
         logger.info(

@@ -17,8 +17,8 @@ import msgspec
 from redis.asyncio import Redis
 
 from llmboost import keys
-from llmboost.entries import Usage
-from llmboost.lua import NOW, Script, Value
+from llmboost.entries import ArqJob, Usage
+from llmboost.lua import ENQUEUE_ARQ, NOW, Script, Value
 from llmboost_api.batches.record import ENDED, Batch, Problem, Status, hash_of
 from llmboost_api.files.catalogue import PUBLISH_FILE, publication
 from llmboost_api.files.record import FileRecord
@@ -53,15 +53,6 @@ class Results:
     expired: int
     """Of the failed ones."""
     usage: Usage
-
-
-@dataclass(frozen=True, slots=True)
-class ArqJob:
-    """A job for an arq worker, to be enqueued when a batch ends."""
-
-    queue: str
-    id: str
-    definition: bytes
 
 
 _CLAIM = Script(
@@ -155,6 +146,7 @@ return get('expired') > 0 and 'expired' or 'completed'
 _FINISH = Script(
     PUBLISH_FILE
     + _MINE
+    + ENQUEUE_ARQ
     + """
 local status, ttl, errors, files = unpack(ARGV, 3, 6)
 if redis.call('HGET', batch, 'status') == status then return 1 end
@@ -169,10 +161,7 @@ redis.call('PEXPIRE', batch, ttl)
 local once = redis.call('HGET', batch, 'once')
 if once then redis.call('PEXPIRE', once, ttl) end
 local k, a = 2 + 3 * files, 7 + 5 * files
-if KEYS[k] then
-  redis.call('SET', KEYS[k], ARGV[a + 1], 'PX', 86400000)
-  redis.call('ZADD', KEYS[k + 1], now, ARGV[a])
-end
+if KEYS[k] then enqueue_arq(KEYS[k], KEYS[k + 1], ARGV[a], ARGV[a + 1]) end
 return 1
 """
 )

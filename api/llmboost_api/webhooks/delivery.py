@@ -16,7 +16,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 from arq.connections import ArqRedis
@@ -25,12 +25,13 @@ from redis.exceptions import RedisError
 
 from llmboost import keys, webhooks
 from llmboost.connection import deserialize, serialize
-from llmboost.entries import NO_FOLLOW_UP, FollowUp
+from llmboost.entries import NO_FOLLOW_UP, ArqJob, FollowUp
 from llmboost.jobs import now
 from llmboost.settings import ApiSettings
 from llmboost.streams import TokenStreams, persist
 from llmboost_api.generation import discard
-from llmboost_api.webhooks.events import BatchStatus, Event, response_status
+from llmboost_api.protocol.responses.object import Progress
+from llmboost_api.webhooks.events import Event
 from llmboost_api.webhooks.sender import WITHIN_S, DeliveryFailed, Sender
 from llmboost_api.webhooks.targets import Target, TargetRefused
 
@@ -50,15 +51,6 @@ _JOB_TIMEOUT_S = WITHIN_S + 5.0
 _REDIS_WITHIN_S = _JOB_TIMEOUT_S / 4
 _FINISH_WITHIN_S = 10.0
 _GOODBYE_S = 2.0
-
-
-class ArqJob(NamedTuple):
-    """An arq job for a script to enqueue: SET `keys.arq_job(id)` to the definition with a TTL of a day, and
-    ZADD the id to the queue with the server's time in ms, which becomes the time of the event."""
-
-    queue: str
-    id: str
-    definition: bytes
 
 
 class DeliveryWorker(Worker):
@@ -93,10 +85,10 @@ class Webhooks:
         """What else the seal of a background response entails: that its end is told."""
         if not self._targets:
             return follow_up
-        job = _definition("announce_response", response_id)
-        return replace(follow_up, arq_queue=keys.WEBHOOKS, arq_job=job)
+        definition = _definition("announce_response", response_id)
+        return replace(follow_up, job=ArqJob(keys.WEBHOOKS, f"sealed:{response_id}", definition))
 
-    def batch_event(self, batch_id: str, status: BatchStatus) -> ArqJob | None:
+    def batch_event(self, batch_id: str, status: str) -> ArqJob | None:
         """What the script that ends a batch enqueues with it; None: nobody is to be told."""
         if not self._targets:
             return None
@@ -160,13 +152,16 @@ class Webhooks:
     async def _announce_response(self, ctx: dict[str, Any], response_id: str) -> None:
         """Tells how a response ended."""
         async with _again_if_redis_fails():
-            status = response_status(await persist(lambda: self._streams.read(response_id)))
-        if status is None:
+            log = await persist(lambda: self._streams.read(response_id))
+        if not log:
             logger.info("no webhook for %s: it was deleted", response_id)
         else:
-            await self._enqueue(Event.of("response", status, response_id, ctx["score"] // 1000))
+            progress = Progress()
+            for _, entry in log:
+                progress.take(entry)
+            await self._enqueue(Event.of("response", progress.status, response_id, ctx["score"] // 1000))
 
-    async def _announce_batch(self, ctx: dict[str, Any], batch_id: str, status: BatchStatus) -> None:
+    async def _announce_batch(self, ctx: dict[str, Any], batch_id: str, status: str) -> None:
         """Tells that a batch has ended so."""
         await self._enqueue(Event.of("batch", status, batch_id, ctx["score"] // 1000))
 

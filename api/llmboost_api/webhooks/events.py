@@ -1,15 +1,10 @@
 """What webhooks tell: that a background response or a batch has ended, and how."""
 
-from collections.abc import Sequence
 from typing import Literal
 
 import msgspec
 
-from llmboost.entries import Delta, ReadEntry, Terminal
 from llmboost.jobs import derived_id
-
-ResponseStatus = Literal["completed", "failed", "cancelled", "incomplete"]
-BatchStatus = Literal["completed", "failed", "expired", "cancelled"]
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
@@ -39,16 +34,3 @@ class Event(msgspec.Struct, frozen=True, array_like=True):
                 "data": {"id": self.subject},
             }
         )
-
-
-def response_status(entries: Sequence[ReadEntry]) -> ResponseStatus | None:
-    """How a response ended, from its whole stream; None if that is gone, or has not ended."""
-    terminal = entries[-1][1] if entries else None
-    if not isinstance(terminal, Terminal):
-        return None
-    if terminal.error is not None:
-        return "cancelled" if terminal.error.code == "cancelled" else "failed"
-    reasons = {
-        choice.finish_reason for _, entry in entries if isinstance(entry, Delta) for choice in entry.choices
-    }
-    return "incomplete" if "length" in reasons else "completed"

@@ -8,7 +8,6 @@ import msgspec
 
 from llmboost.entries import Delta, Entry, Started, StreamError, Terminal, TokenLogprob, Usage
 from llmboost.jobs import derived_id
-from llmboost.streams import Transcript
 from llmboost_api.protocol.responses.items import text_part
 from llmboost_api.protocol.shape import Choice, finite
 
@@ -19,13 +18,6 @@ CANCELLED = "request_cancelled"
 
 _ERROR_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 """By HTTP status. OpenAI has a closed list of codes; the message says more."""
-
-
-def status_of(transcript: Transcript) -> Status:
-    """How far a response has come, by its log."""
-    choice = transcript.choices.get(0)
-    finish_reason = None if choice is None else choice.finish_reason
-    return _status(transcript.started, finish_reason, transcript.terminal)
 
 
 def _status(started: bool, finish_reason: str | None, terminal: Terminal | None) -> Status:
