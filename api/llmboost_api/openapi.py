@@ -32,24 +32,15 @@ ERROR_SCHEMA = {
 
 def body_of(model: type[RequestModel]) -> dict[str, Any]:
     """For a route's `openapi_extra`."""
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": _named(model)}}}}
-
-
-def form_of(model: type[RequestModel]) -> dict[str, Any]:
-    """For the `openapi_extra` of a route that takes a file, and what the model says beside it."""
-    file = {
-        "type": "object",
-        "properties": {"file": {"type": "string", "format": "binary"}},
-        "required": ["file"],
-    }
-    content = {"multipart/form-data": {"schema": {"allOf": [_named(model), file]}}}
-    return {"requestBody": {"required": True, "content": content}}
-
-
-def _named(model: type[RequestModel]) -> dict[str, Any]:
     if model not in MODELS:
         MODELS.append(model)
-    return {"$ref": _REF.format(model=model.__name__)}
+    schema = {"$ref": _REF.format(model=model.__name__)}
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def form_of(schema: dict[str, Any]) -> dict[str, Any]:
+    """For the `openapi_extra` of a route that takes a form with a file."""
+    return {"requestBody": {"required": True, "content": {"multipart/form-data": {"schema": schema}}}}
 
 
 def query_of(model: type[RequestModel]) -> dict[str, Any]:

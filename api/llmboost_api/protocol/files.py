@@ -1,6 +1,6 @@
 """POST and GET /v1/files: what a client says of a file, and of a list of files."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -30,3 +30,16 @@ class FileRequest(RequestModel):
         if self.expires_after is not None:
             return self.expires_after.seconds
         return MONTH_S if self.purpose == "batch" else None
+
+
+FORM: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "file": {"type": "string", "format": "binary"},
+        "purpose": {"type": "string", "enum": list(get_args(Purpose))},
+        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+        "expires_after[seconds]": {"type": "integer", "minimum": HOUR_S, "maximum": MONTH_S},
+    },
+    "required": ["file", "purpose"],
+}
+"""JSON schema of the form as it is sent."""

@@ -67,7 +67,7 @@ async def create_response(request: Request, asker: str, key: str | None) -> Resp
 
 
 def follow_up_of(pod: Pod, asked: ResponseRequest, response_id: str) -> FollowUp:
-    """What the end of a response entails: it is kept, if it is to be stored; and told, if in the background."""
+    """What the end of a response entails: it is kept, if stored; and told, if in the background."""
     kept = FollowUp(retention=pod.settings.response_ttl) if asked.store else NO_FOLLOW_UP
     return pod.webhooks.follow_up(response_id, kept) if asked.background else kept
 

@@ -16,7 +16,7 @@ from llmboost_api.files.record import FileRecord
 from llmboost_api.files.storage import NoSuchObject
 from llmboost_api.files.upload import receive
 from llmboost_api.pod import Pod, pod_of
-from llmboost_api.protocol.files import FileRequest
+from llmboost_api.protocol.files import FORM
 from llmboost_api.resume import shown
 
 router = APIRouter(prefix="/v1", tags=["files"])
@@ -24,7 +24,7 @@ router = APIRouter(prefix="/v1", tags=["files"])
 Asker = Annotated[str, Depends(owner)]
 
 
-@router.post("/files", openapi_extra=openapi.form_of(FileRequest), responses=openapi.OBJECT)
+@router.post("/files", openapi_extra=openapi.form_of(FORM), responses=openapi.OBJECT)
 async def create_file(request: Request, asker: Asker) -> dict[str, Any]:
     """Takes in a file."""
     pod = pod_of(request)
