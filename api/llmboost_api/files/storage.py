@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar, TypeVarTuple
 
-from llmboost_api.files.filesystem import Folder, PartialObject, open_folder
+from llmboost_api.files.folder import Folder, PartialObject, open_folder
 from llmboost_api.files.lines import MAX_LINE_BYTES, Line, Splitter
 
 logger = logging.getLogger(__name__)
