@@ -30,7 +30,7 @@ from llmboost.jobs import now
 from llmboost.settings import ApiSettings
 from llmboost.streams import TokenStreams, persist
 from llmboost_api.generation import discard
-from llmboost_api.webhooks.events import BatchStatus, Event, response_status
+from llmboost_api.webhooks.events import Event, response_status
 from llmboost_api.webhooks.sender import WITHIN_S, DeliveryFailed, Sender
 from llmboost_api.webhooks.targets import Target, TargetRefused
 
@@ -96,8 +96,11 @@ class Webhooks:
         job = _definition("announce_response", response_id)
         return replace(follow_up, arq_queue=keys.WEBHOOKS, arq_job=job)
 
-    def batch_event(self, batch_id: str, status: BatchStatus) -> ArqJob | None:
-        """What the script that ends a batch enqueues with it; None: nobody is to be told."""
+    def batch_event(self, batch_id: str, status: str) -> ArqJob | None:
+        """What the script that ends a batch enqueues with it; None: nobody is to be told.
+
+        `status`: completed, failed, expired or cancelled.
+        """
         if not self._targets:
             return None
         return ArqJob(keys.WEBHOOKS, f"ended:{batch_id}", _definition("announce_batch", batch_id, status))
@@ -166,7 +169,7 @@ class Webhooks:
         else:
             await self._enqueue(Event.of("response", status, response_id, ctx["score"] // 1000))
 
-    async def _announce_batch(self, ctx: dict[str, Any], batch_id: str, status: BatchStatus) -> None:
+    async def _announce_batch(self, ctx: dict[str, Any], batch_id: str, status: str) -> None:
         """Tells that a batch has ended so."""
         await self._enqueue(Event.of("batch", status, batch_id, ctx["score"] // 1000))
 

@@ -9,7 +9,6 @@ from llmboost.entries import Delta, ReadEntry, Terminal
 from llmboost.jobs import derived_id
 
 ResponseStatus = Literal["completed", "failed", "cancelled", "incomplete"]
-BatchStatus = Literal["completed", "failed", "expired", "cancelled"]
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
