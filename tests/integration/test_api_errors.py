@@ -100,7 +100,7 @@ async def test_a_client_that_leaves_while_it_sends(
 async def test_unknown_places(pod: RunningPod) -> None:
     check_error(await pod.http.get("/v2/nothing"), 404, "unknown_url")
     check_error(await pod.http.get("/v1/chat/completions/"), 404, "unknown_url")
-    response = await pod.http.get("/v1/chat/completions")
+    response = await pod.http.get("/v1/completions")
     assert "use POST" in check_error(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"
 

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import BinaryIO
 
 import psutil
 import pytest
@@ -234,6 +235,7 @@ def test_a_batch_can_be_come_back_to_shown_and_cancelled(
         ("run in.jsonl other -o out", "unrecognized arguments: other"),
         ("run in.jsonl -i other -o out", "two inputs are given"),
         ("run in.jsonl -o out --batch-id batch_1", "leave 'in.jsonl' out"),
+        ("run -o out --batch-id batch_1 --model m", "a batch that has begun: leave --model out"),
         ("run in.jsonl -o no/such/out", "-o 'no/such/out': the folder 'no/such' does not exist"),
         ("run in.jsonl -o .", "-o '.' is a folder"),
         ("run in.jsonl -o in.jsonl", "-o 'in.jsonl' is the input"),
@@ -271,6 +273,17 @@ def test_help(batch: Run, capsys: pytest.CaptureFixture[str]) -> None:
             batch(command, "--help")
         assert end.value.code == 0
         assert "LLMBOOST_URL" in capsys.readouterr().out
+
+
+def test_a_server_of_another_kind(
+    batch: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(FakeBatches, "keep", lambda self, content: 7)
+    write("a")
+    assert batch("run", "in.jsonl", "-o", "out.jsonl") == 1
+    assert (
+        "POST /v1/files is answered in a way that is not OpenAI's: Expected `str`" in capsys.readouterr().err
+    )
 
 
 def test_a_host_alone_gets_its_path() -> None:
@@ -311,6 +324,23 @@ def test_ctrl_c_leaves_the_batch_running_and_says_how_to_come_back(fake: FakeSer
     assert f"  llmboost batch cancel {batch_id} --url {fake.url}" in err
     assert "Traceback" not in err
     assert fake.batches.batches[batch_id]["status"] == "in_progress"
+
+
+def test_ctrl_c_in_the_download_says_how_to_fetch_the_answers(
+    fake: FakeServer, batch: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: Server, file_id: str, into: BinaryIO) -> None:
+        into.write(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "download", interrupted)
+    write("a")
+    assert batch("run", "in.jsonl", "-o", "out.jsonl") == 130
+    (batch_id,) = fake.batches.batches
+    err = capsys.readouterr().err
+    assert f"{batch_id} has ended. To fetch the answers:" in err
+    assert "cancel" not in err
+    assert files() == {"in.jsonl"}
 
 
 # A server of one's own

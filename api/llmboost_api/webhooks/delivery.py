@@ -89,7 +89,10 @@ class Webhooks:
         return replace(follow_up, job=ArqJob(keys.WEBHOOKS, f"sealed:{response_id}", definition))
 
     def batch_event(self, batch_id: str, status: str) -> ArqJob | None:
-        """What the script that ends a batch enqueues with it; None: nobody is to be told."""
+        """What the script that ends a batch enqueues with it; None: nobody is to be told.
+
+        `status`: completed, failed, expired or cancelled.
+        """
         if not self._targets:
             return None
         return ArqJob(keys.WEBHOOKS, f"ended:{batch_id}", _definition("announce_batch", batch_id, status))

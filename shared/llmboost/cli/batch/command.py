@@ -2,7 +2,9 @@
 
 import difflib
 import json
+import signal
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 from llmboost.cli.batch.options import USAGE, ServerOptions, parse_one, parse_run
@@ -58,7 +60,7 @@ def _ask(options: ServerOptions, batch_id: str, *, cancel: bool) -> int:
             batch = server.cancel(batch_id)
             print(f"{batch.id}: {batch.status}")
         else:
-            print(json.dumps(server.retrieve_raw(batch_id).json(), indent=2, ensure_ascii=False))
+            print(json.dumps(server.describe(batch_id), indent=2, ensure_ascii=False))
     return 0
 
 
@@ -67,6 +69,9 @@ def _told(options: ServerOptions, do: Callable[[], int]) -> int:
     from llmboost.cli.batch.server import NoServer, ServerError
     from llmboost.processes import ProcessesError
 
+    if threading.current_thread() is threading.main_thread():
+        # Whoever runs this for a user, and wants it to end, means the same as Ctrl-C.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return do()
     except (NoServer, ProcessesError, OSError) as error:

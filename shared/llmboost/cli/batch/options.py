@@ -115,6 +115,10 @@ def parse_run(argv: Sequence[str]) -> RunOptions:
         raise UsageError("an input is needed: a file of requests, a line each, or - for standard input")
     if source is not None and given.batch_id is not None:
         raise UsageError(f"--batch-id names a batch that has its input: leave {source!r} out")
+    if given.batch_id is not None:
+        for flag in ("endpoint", "metadata", "model"):
+            if getattr(given, flag):
+                raise UsageError(f"--batch-id names a batch that has begun: leave --{flag} out")
     if given.output is None:
         raise UsageError("-o FILE is needed: where the answers go, or - for standard output")
     options = RunOptions(

@@ -11,7 +11,7 @@ from llmboost.cli.batch.options import DEFAULT_URL, STANDARD, RunOptions
 from llmboost.cli.batch.outputs import written
 from llmboost.cli.batch.private import private_server
 from llmboost.cli.batch.progress import progress
-from llmboost.cli.batch.server import Batch, NoServer, Server
+from llmboost.cli.batch.server import Batch, NoServer, Server, ServerError
 from llmboost.cli.batch.source import Source, basename, opened
 from llmboost.cli.flags import UsageError
 from llmboost.processes import Processes, ProcessesError
@@ -63,23 +63,27 @@ class _Run:
         self.options = options
         self.server = server
         self.private = private
+        self._reason = ""
+        self._latest: Batch
+        """As it was last seen."""
+        server.on_wait = self._wait(self._say_away)
 
     def __call__(self, source: Source | None) -> int:
-        batch = self.server.retrieve(self.options.batch_id or "") if source is None else self._begin(source)
+        begun = self.server.retrieve(self.options.batch_id or "") if source is None else self._begin(source)
+        self._latest = begun
         try:
-            return self._finish(self._watch(batch))
+            return self._finish(self._watch(begun))
         except KeyboardInterrupt:
             if self.private is None:
-                self._say_how_to_come_back(batch)
+                self._say_how_to_come_back(self._latest)
             else:
-                self._end_early(batch)
+                self._end_early(self._latest)
             return INTERRUPTED
 
     def _begin(self, source: Source) -> Batch:
         endpoint = self.options.endpoint or source.endpoint
         if not endpoint:
             raise UsageError(f"the first line of {source.name} names no url, such as /v1/chat/completions")
-        self.server.on_wait = self._wait(_say)
         file_id = self.server.upload(basename(self.options.input or STANDARD), source.file)
         batch = self.server.create(file_id, endpoint, self.options.window, self.options.metadata)
         _say(f"{source.name}: {source.lines} lines are {batch.id} at {self.server.options.url}")
@@ -91,9 +95,9 @@ class _Run:
             shown.show(batch)
             while not batch.ended:
                 time.sleep(POLL_S)
-                batch = self.server.retrieve(batch.id)
+                batch = self._latest = self.server.retrieve(batch.id)
                 shown.show(batch)
-        self.server.on_wait = self._wait(_say)
+        self.server.on_wait = self._wait(self._say_away)
         return batch
 
     def _finish(self, batch: Batch) -> int:
@@ -114,6 +118,11 @@ class _Run:
             report += f"; the others, with the reasons, in {errors}"
         _say(report if batch.status == "completed" else f"{report}; the batch is {batch.status}")
         return 0 if batch.status == "completed" and counts.completed == counts.total else 1
+
+    def _say_away(self, reason: str) -> None:
+        if reason != self._reason:
+            self._reason = reason
+            _say(f"the server is away, asking again: {reason}")
 
     def _say_problems(self, batch: Batch) -> None:
         problems = (batch.errors.data if batch.errors else None) or []
@@ -140,8 +149,12 @@ class _Run:
     def _end_early(self, batch: Batch) -> None:
         """Nobody but us can come back to it: keep what is done."""
         _say(f"\nending {batch.id}; what is done is kept. Ctrl-C again: it is not")
-        if not self.server.retrieve(batch.id).ended:
-            batch = self.server.cancel(batch.id)
+        if not batch.ended:
+            try:
+                batch = self.server.cancel(batch.id)
+            except ServerError as error:
+                if error.status != 409:  # it has ended meanwhile
+                    raise
         self._finish(self._watch(batch))
 
     def _command(self, command: str, batch: Batch) -> str:

@@ -7,6 +7,7 @@ import uuid
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, BinaryIO, TypeVar
+from urllib.parse import quote
 
 import httpx
 import msgspec
@@ -134,7 +135,7 @@ class Server:
                 headers={"idempotency-key": key},
             )
 
-        return msgspec.json.decode(self._asked(send).content, type=_File).id
+        return _decoded(self._asked(send), _File).id
 
     def create(self, file_id: str, endpoint: str, window: str, metadata: dict[str, str]) -> Batch:
         """Begins a batch; once, however often this has to be sent."""
@@ -142,19 +143,23 @@ class Server:
         if metadata:
             body["metadata"] = metadata
         headers = {"idempotency-key": str(uuid.uuid4())}
-        return _batch(self._asked(lambda: self._http.post("/batches", json=body, headers=headers)))
+        return _decoded(self._asked(lambda: self._http.post("/batches", json=body, headers=headers)), Batch)
 
     def retrieve(self, batch_id: str) -> Batch:
         """How far a batch is."""
-        return _batch(self.retrieve_raw(batch_id))
+        return _decoded(self._look(batch_id), Batch)
 
-    def retrieve_raw(self, batch_id: str) -> httpx.Response:
-        """The same, in all its words."""
-        return self._asked(lambda: self._http.get(f"/batches/{batch_id}"))
+    def describe(self, batch_id: str) -> dict[str, Any]:
+        """The same, in all the server's words."""
+        return _decoded(self._look(batch_id), dict)
+
+    def _look(self, batch_id: str) -> httpx.Response:
+        return self._asked(lambda: self._http.get(f"/batches/{quote(batch_id, safe='')}"))
 
     def cancel(self, batch_id: str) -> Batch:
         """Ends a batch early."""
-        return _batch(self._asked(lambda: self._http.post(f"/batches/{batch_id}/cancel")))
+        path = f"/batches/{quote(batch_id, safe='')}/cancel"
+        return _decoded(self._asked(lambda: self._http.post(path)), Batch)
 
     def download(self, file_id: str, into: BinaryIO) -> None:
         """Writes a file's content, all of it."""
@@ -196,8 +201,12 @@ class Server:
         raise AssertionError
 
 
-def _batch(response: httpx.Response) -> Batch:
-    return msgspec.json.decode(response.content, type=Batch)
+def _decoded(response: httpx.Response, kind: type[T]) -> T:
+    try:
+        return msgspec.json.decode(response.content, type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        asked = f"{response.request.method} {response.request.url.path}"
+        raise ServerError(f"{asked} is answered in a way that is not OpenAI's: {error}", 502) from None
 
 
 def _taken(response: httpx.Response) -> httpx.Response:
