@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from llmboost.jobs import GenerationJob, Prompt, SamplingParams, now
+from llmboost.jobs import GenerationJob, JobClass, Prompt, SamplingParams, now
 from llmboost.registry import ModelCard
 from llmboost.settings import ApiSettings
 
@@ -16,6 +16,7 @@ def make_jobs(
     *,
     owner: str,
     echo: bool = False,
+    job_class: JobClass = "interactive",
 ) -> list[GenerationJob]:
     """One job per prompt."""
     created = now()
@@ -26,6 +27,7 @@ def make_jobs(
             prompt=prompt,
             sampling=sampling,
             echo=echo,
+            job_class=job_class,
             owner=owner,
             created=created,
             deadline=created + settings.request_timeout,

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from llmboost.jobs import GenerationJob
+from llmboost_api.protocol import tier
 from llmboost_api.protocol.chat import ChatShape
 from llmboost_api.protocol.completions import CompletionShape
 from llmboost_api.protocol.sampling import GenerationRequest
@@ -47,6 +48,8 @@ class Form(msgspec.Struct, frozen=True, array_like=True):
     """Every chunk but the last says that it carries no usage."""
     usage: bool
     """A stream ends with a usage chunk."""
+    service_tier: str | None = None
+    """That the answer names."""
 
     @classmethod
     def of(
@@ -69,6 +72,7 @@ class Form(msgspec.Struct, frozen=True, array_like=True):
             logprobs=first.sampling.top_logprobs is not None,
             usage_null=asked.include_usage,
             usage=asked.include_usage or always_usage,
+            service_tier=tier.used(asked.service_tier),
         )
 
     @property
@@ -78,7 +82,12 @@ class Form(msgspec.Struct, frozen=True, array_like=True):
     def shape(self, completion_id: str) -> Shape:
         """What writes it."""
         return self.endpoint.shape(
-            completion_id, self.created, self.model, logprobs=self.logprobs, usage_null=self.usage_null
+            completion_id,
+            self.created,
+            self.model,
+            logprobs=self.logprobs,
+            usage_null=self.usage_null,
+            service_tier=self.service_tier,
         )
 
     def encode(self) -> bytes:

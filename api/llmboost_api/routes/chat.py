@@ -12,6 +12,7 @@ from llmboost_api.middleware import rename_request
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.chat import ChatRequest
 from llmboost_api.protocol.form import CHAT, Form
+from llmboost_api.protocol.tier import job_class
 from llmboost_api.reply import Reply
 from llmboost_api.resume import Reading, beginning, reading
 from llmboost_api.retrieval import retrieve
@@ -34,7 +35,13 @@ async def create_chat_completion(request: Request, asker: Annotated[str, Depends
     completion_id = new_id(CHAT.prefix)
     rename_request(request, completion_id)
     jobs = make_jobs(
-        completion_id, card, [asked.prompt()], asked.sampling_params(), pod.settings, owner=asker
+        completion_id,
+        card,
+        [asked.prompt()],
+        asked.sampling_params(),
+        pod.settings,
+        owner=asker,
+        job_class=job_class(asked.service_tier),
     )
     form = Form.of(asked, CHAT, jobs, always_usage=pod.settings.always_include_usage)
     await pod.generations.submit(jobs, form)

@@ -12,6 +12,7 @@ from llmboost_api.middleware import rename_request
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.completions import CompletionRequest
 from llmboost_api.protocol.form import COMPLETIONS, Form
+from llmboost_api.protocol.tier import job_class
 from llmboost_api.reply import Reply
 from llmboost_api.resume import Reading, beginning, reading
 from llmboost_api.retrieval import retrieve
@@ -41,6 +42,7 @@ async def create_completion(request: Request, asker: Annotated[str, Depends(owne
         pod.settings,
         owner=asker,
         echo=asked.echo,
+        job_class=job_class(asked.service_tier),
     )
     form = Form.of(asked, COMPLETIONS, jobs, always_usage=pod.settings.always_include_usage)
     await pod.generations.submit(jobs, form)
