@@ -1,7 +1,9 @@
 """Picking up a job: time from enqueue to the start of its function, beside stock arq, on an idle system.
 
 Both workers run in this process against one embedded server, with jobs that do nothing, one at a time.
-Also counts the commands that the server executes per claim while 0, 100 and 1,000 jobs are running.
+Then interactive jobs on a worker that is full of batch jobs while 2,000 more of those are queued, in turn
+with the same on a worker that has nothing to do. Also counts the commands that the server executes per claim
+while 0, 100 and 1,000 jobs are running.
 
     python -m benchmarks.pickup [--jobs 200]
 """
@@ -15,24 +17,31 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
+from arq.connections import ArqRedis
 from arq.worker import Worker, func
+from tests.waiting import wait_until
 
 from llmboost.connection import connect, deserialize, serialize
 from llmboost.embedded import EmbeddedRedis
 from llmboost.entries import Terminal
-from llmboost.jobs import FUNCTION, GenerationJob, Prompt, SamplingParams, new_id, now
+from llmboost.jobs import FUNCTION, GenerationJob, JobClass, OpaqueJob, Prompt, SamplingParams, new_id, now
 from llmboost.queue import JobQueue
 from llmboost.streams import TokenStreams
 from llmboost_worker.leased import LeasedWorker
 
 MODEL = "bench"
+CROWDED = "crowded"
+"""A model whose queue has batch jobs in it."""
+QUEUED = 2000
+SLOTS = 32
 
 
-def job() -> GenerationJob:
+def job(model: str = MODEL, job_class: JobClass = "interactive") -> GenerationJob:
     """A job that says nothing."""
     return GenerationJob(
         id=new_id("bench"),
-        model=MODEL,
+        model=model,
+        job_class=job_class,
         prompt=Prompt(text="hello"),
         sampling=SamplingParams(),
         created=now(),
@@ -59,8 +68,11 @@ async def running(worker: Worker) -> AsyncIterator[None]:
     try:
         yield
     finally:
-        task.cancel()
+        for each in (task, *worker.tasks.values()):
+            each.cancel()
         await asyncio.gather(task, *worker.tasks.values(), return_exceptions=True)
+        if isinstance(worker, LeasedWorker):
+            await worker.wakes.aclose()
 
 
 async def latencies(started: Started, enqueue: Callable[[], Awaitable[object]], jobs: int) -> list[float]:
@@ -73,6 +85,46 @@ async def latencies(started: Started, enqueue: Callable[[], Awaitable[object]], 
         measured.append((await started.at - before) * 1000)
         await asyncio.sleep(0.01)  # let the worker go idle again
     return measured
+
+
+async def beside_batch(redis: ArqRedis, queue: JobQueue, jobs: int) -> dict[str, list[float]]:
+    """Latencies of interactive jobs where nothing else is, and where batch jobs have every slot and more of
+    them wait."""
+    started = Started()
+
+    async def start(ctx: dict[Any, Any], argument: OpaqueJob) -> None:
+        if argument.decode().job_class == "batch":
+            await asyncio.Event().wait()
+        await started(ctx, argument)
+
+    for _ in range(SLOTS + QUEUED):
+        await queue.submit(job(CROWDED, "batch"))
+    idle, crowded = worker(redis, queue, start), worker(redis, queue, start, CROWDED)
+    found: dict[str, list[float]] = {"idle": [], "crowded": []}
+    async with running(idle), running(crowded):
+        await wait_until(lambda: len(crowded.claims) == SLOTS)
+        for _ in range(jobs):
+            found["idle"] += await latencies(started, lambda: queue.submit(job()), 1)
+            found["crowded"] += await latencies(started, lambda: queue.submit(job(CROWDED)), 1)
+        assert await queue.depth(CROWDED, "batch") == QUEUED
+    return found
+
+
+def worker(
+    redis: ArqRedis, queue: JobQueue, start: Callable[..., Awaitable[None]], model: str = MODEL
+) -> LeasedWorker:
+    """Runs the function for each job of a model."""
+    return LeasedWorker(
+        queue,
+        model=model,
+        owner=f"worker of {model}",
+        lease=3600.0,
+        max_tries=3,
+        max_jobs=SLOTS,
+        redis_pool=redis,
+        functions=[func(start, name=FUNCTION)],
+        handle_signals=False,
+    )
 
 
 async def commands_per_claim(queue: JobQueue, held: int) -> int:
@@ -108,18 +160,7 @@ async def measure(jobs: int) -> dict[str, Any]:
         async def start(ctx: dict[Any, Any], argument: Any) -> None:
             await started(ctx, argument)
 
-        leased = LeasedWorker(
-            queue,
-            model=MODEL,
-            owner="bench",
-            lease=3.0,
-            max_tries=3,
-            max_jobs=32,
-            redis_pool=redis,
-            functions=[func(start, name=FUNCTION)],
-            handle_signals=False,
-        )
-        async with running(leased):
+        async with running(worker(redis, queue, start)):
             ours = await latencies(started, lambda: queue.submit(job()), jobs)
         stock = Worker(
             functions=[func(start, name=FUNCTION)],
@@ -136,10 +177,15 @@ async def measure(jobs: int) -> dict[str, Any]:
                 lambda: redis.enqueue_job(FUNCTION, b"hello", _queue_name="stock"),
                 max(20, jobs // 10),
             )
+        beside = await beside_batch(redis, queue, jobs)
         await redis.aclose()
     return {
         "pickup_ms": {"llmboost": _summary(ours), "arq": _summary(theirs)},
         "ratio_of_medians": round(statistics.median(ours) / statistics.median(theirs), 4),
+        "interactive_pickup_ms": {where: _summary(values) for where, values in beside.items()},
+        "ratio_of_crowded_to_idle": round(
+            statistics.median(beside["crowded"]) / statistics.median(beside["idle"]), 2
+        ),
         "commands_per_claim_by_running_jobs": commands,
     }
 

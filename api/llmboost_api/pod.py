@@ -29,8 +29,7 @@ class Pod:
     """One API process; `async with Pod(settings):` runs it. Lives on while Redis is away.
 
     Raises:
-        ValueError: no Redis URL was given, or it is none; or files can't be kept, or webhooks not be delivered,
-            as they are set.
+        ValueError: no Redis URL was given, or it is none; or files or webhooks can't be as they are set.
     """
 
     def __init__(self, settings: ApiSettings) -> None:

@@ -13,6 +13,7 @@ from llmboost_api.errors import unavailable
 from llmboost_api.idempotency import RequestName
 from llmboost_api.jobs import make_jobs
 from llmboost_api.pod import Pod
+from llmboost_api.protocol import tier
 from llmboost_api.protocol.form import Endpoint, Form, decode_form
 from llmboost_api.protocol.sampling import GenerationRequest
 from llmboost_api.stored import StoredAnswer
@@ -40,7 +41,7 @@ def make_submission(
     prompts: Sequence[Prompt],
     *,
     owner: str,
-    job_class: JobClass = "interactive",
+    job_class: JobClass | None = None,
     needs_audience: bool = True,
     deadline: float | None = None,
     follow_up: FollowUp = NO_FOLLOW_UP,
@@ -49,7 +50,8 @@ def make_submission(
 ) -> Submission:
     """A request's jobs, and how their answer is written down.
 
-    `deadline`: Unix time (s); default: after the pod's time limit for requests.
+    `job_class`: default: of the request's service tier. `deadline`: Unix time (s); default: after the pod's
+    time limit for requests.
     """
     created = now()
     jobs = make_jobs(
@@ -61,7 +63,7 @@ def make_submission(
         created=created,
         deadline=created + pod.settings.request_timeout if deadline is None else deadline,
         echo=asked.echoes,
-        job_class=job_class,
+        job_class=tier.job_class(asked.service_tier) if job_class is None else job_class,
         needs_audience=needs_audience,
     )
     form = Form.of(asked, endpoint, jobs, always_usage=pod.settings.always_include_usage)

@@ -7,7 +7,7 @@ Nothing of it is in the product.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
@@ -257,6 +257,20 @@ def _hand_over_counts() -> list[Any]:
             "then redis.call('HINCRBY', KEYS[1] .. ARGV[i], 'deaths', 1) put_back(ARGV[i])",
         )
     ]
+
+
+@_mutant("gone for good", "what gives way to another job goes on later (4)")
+def _gone_for_good() -> list[Any]:
+    from llmboost_worker.generation import GaveWay
+
+    def change(run: Any) -> Any:
+        async def ran(*args: Any) -> None:
+            with suppress(GaveWay):
+                await run(*args)
+
+        return ran
+
+    return [_attribute("llmboost_worker.generation", "Generator.run", change)]
 
 
 @_mutant("reaper off", "every accepted request ends in a terminal entry, whatever dies (3.7)")

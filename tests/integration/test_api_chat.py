@@ -247,6 +247,28 @@ async def test_official_async_client(pod: RunningPod, worker: ScriptedWorker) ->
     assert whole.usage.total_tokens == 10
 
 
+async def test_the_service_tier_is_the_class_of_the_job(pod: RunningPod, worker: ScriptedWorker) -> None:
+    """The answer, and each chunk, names the tier that was used; but only if the request named one."""
+    create = pod.openai.chat.completions.create
+    for asked, used, job_class in [
+        ("flex", "flex", "batch"),
+        ("auto", "default", "interactive"),
+        ("default", "default", "interactive"),
+        (None, None, "interactive"),
+    ]:
+        tier = {} if asked is None else {"service_tier": asked}
+        whole = await create(**chat(**tier))
+        chunks = [chunk async for chunk in await create(**chat(stream=True, **tier))]
+        assert {each.service_tier for each in (whole, *chunks)} == {used}
+        assert {job.job_class for job in worker.jobs[-2:]} == {job_class}
+    legacy = await pod.openai.completions.create(
+        model=MODEL, prompt="Hi", extra_body={"service_tier": "flex"}
+    )
+    assert legacy.model_extra is not None
+    assert legacy.model_extra["service_tier"] == "flex"
+    assert worker.jobs[-1].job_class == "batch"
+
+
 async def test_official_sync_client(pod: RunningPod, worker: ScriptedWorker) -> None:
     def texts() -> list[str | None]:
         with openai.OpenAI(base_url=f"{pod.url}/v1", api_key="-") as client:

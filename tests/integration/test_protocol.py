@@ -39,6 +39,12 @@ def longer(server: Server) -> Model:
     return Model(server, tokens=4, jobs=2, slots=2, disturbances=faults)
 
 
+@pytest.fixture
+def crowded(server: Server) -> Model:
+    faults = frozenset({"break", "lapse", "kill", "terminate"})
+    return Model(server, tokens=3, jobs=3, batch=2, disturbances=faults)
+
+
 def test_every_order_with_one_disturbance_keeps_the_protocol(server: Server) -> None:
     """One request of three tokens and one thing going wrong, of any kind and at any point: in every state the
     log is what an unbroken run would have written so far, and in the end it is sealed and nothing is left."""
@@ -55,6 +61,20 @@ def test_any_order_of_longer_requests_keeps_the_protocol(longer: Model, choices:
     walk(longer, choices)
 
 
+def test_every_order_in_which_a_job_gives_way_keeps_the_protocol(server: Server) -> None:
+    """A batch job and an interactive one, on two workers with a slot each."""
+    explored = explore(Model(server, tokens=1, jobs=2, batch=1), 0)
+    assert explored.states > 3_000
+
+
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(choices=st.lists(st.integers(0, 10**6), min_size=20, max_size=60))
+def test_any_order_in_which_jobs_give_way_keeps_the_protocol(crowded: Model, choices: list[int]) -> None:
+    """Two batch jobs and an interactive one, of three tokens each; workers and connections are lost as often
+    as it likes."""
+    walk(crowded, choices)
+
+
 @pytest.mark.parametrize(
     ("defect", "seen"),
     [
@@ -69,3 +89,10 @@ def test_without_its_guarantees_the_protocol_is_found_broken(
     """What the other tests here rely on can be seen to be missing."""
     with mutant(defect), Server(redis_server.port) as server, pytest.raises(Broken, match=seen):
         explore(Model(server, tokens=1, disturbances=frozenset({"lapse", "cancel", "expire"})), 1)
+
+
+def test_a_job_that_gives_way_for_good_is_found(redis_server: ValkeyServer) -> None:
+    """So the search does come to where one gives way."""
+    found = pytest.raises(Broken, match="was deleted, but its stream is open")
+    with mutant("gone for good"), Server(redis_server.port) as server, found:
+        explore(Model(server, tokens=1, jobs=2, batch=1), 0)

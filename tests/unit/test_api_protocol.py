@@ -105,7 +105,6 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("reasoning_effort", "low"),
     ("parallel_tool_calls", True),
     ("verbosity", "low"),
-    ("service_tier", "flex"),
 ]
 
 
@@ -114,6 +113,14 @@ def test_what_is_not_supported_is_refused_by_name(field: str, value: Any) -> Non
     error = chat_refusal(**{field: value})
     assert (error.status, error.code, error.param) == (400, "unsupported_parameter", field)
     assert field in error.message
+
+
+@pytest.mark.parametrize("tier", ["priority", "fast", "scale"])
+def test_a_service_tier_that_is_not_there_is_refused_by_name(tier: str) -> None:
+    error = chat_refusal(service_tier=tier)
+    assert (error.status, error.code, error.param) == (400, "unsupported_value", "service_tier")
+    assert tier in error.message
+    assert chat_refusal(service_tier="gold").code == "invalid_value"
 
 
 def test_what_changes_nothing_is_accepted() -> None:

@@ -107,7 +107,7 @@ class LeasedWorker(Worker):
         self._settling: set[str] = set()
         """Ids of claims whose finish or release is on its way."""
         self._slot_freed = asyncio.Event()
-        self._wakes = Wakes(queue, model)
+        self.wakes = Wakes(queue, model)
         self._bite = FIRST_BITE
         self._claiming: asyncio.Task[list[Claim]] | None = None
         self._going: asyncio.Task[None] | None = None
@@ -147,7 +147,7 @@ class LeasedWorker(Worker):
                     self._start(claim)
             if claims:
                 return
-        await self._wakes.wait(wanted, self._slot_freed)
+        await self.wakes.wait(wanted, self._slot_freed)
 
     def room(self) -> dict[JobClass, int]:
         """Sequences of each class that this worker could take on: batch jobs give way to interactive ones."""
@@ -284,7 +284,7 @@ class LeasedWorker(Worker):
         assert self._going is not None
         await self._going
         await asyncio.gather(*self.tasks.values(), return_exceptions=True)
-        await self._wakes.aclose()
+        await self.wakes.aclose()
         if self.on_shutdown:
             await self.on_shutdown(self.ctx)
         await self.pool.aclose()

@@ -181,11 +181,20 @@ class ChatShape:
     """Chat chunks and completions. All of a chunk but its text is encoded once per stream."""
 
     def __init__(
-        self, completion_id: str, created: int, model: str, *, logprobs: bool, usage_null: bool
+        self,
+        completion_id: str,
+        created: int,
+        model: str,
+        *,
+        logprobs: bool,
+        usage_null: bool,
+        service_tier: str | None = None,
     ) -> None:
-        """`usage_null`: every chunk but the last says that it carries no usage."""
+        """`usage_null`: every chunk but the last says that it carries no usage. `service_tier`: what the
+        answer names, if any."""
         self._logprobs = logprobs
         self._common = {"id": completion_id, "created": created, "model": model}
+        self._tier = {} if service_tier is None else {"service_tier": service_tier}
         head = encode_json(self._object("chat.completion.chunk"))[:-1] + b',"choices":['
         self._start = head + b'{"index":'
         self._starts: dict[int, bytes] = {}
@@ -201,6 +210,7 @@ class ChatShape:
             "created": common["created"],
             "model": common["model"],
             "system_fingerprint": None,
+            **self._tier,
         }
 
     def content(self, index: int, text: str, logprobs: Sequence[TokenLogprob], first: bool) -> bytes:

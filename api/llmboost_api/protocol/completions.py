@@ -133,9 +133,17 @@ class CompletionShape:
     """Legacy chunks and completions; the two are one kind of object."""
 
     def __init__(
-        self, completion_id: str, created: int, model: str, *, logprobs: bool, usage_null: bool
+        self,
+        completion_id: str,
+        created: int,
+        model: str,
+        *,
+        logprobs: bool,
+        usage_null: bool,
+        service_tier: str | None = None,
     ) -> None:
-        """`usage_null`: every chunk but the last says that it carries no usage."""
+        """`usage_null`: every chunk but the last says that it carries no usage. `service_tier`: what the
+        answer names, if any."""
         self._logprobs = logprobs
         self._object = {
             "id": completion_id,
@@ -143,6 +151,7 @@ class CompletionShape:
             "created": created,
             "model": model,
             "system_fingerprint": None,
+            **({} if service_tier is None else {"service_tier": service_tier}),
         }
         self._offsets: defaultdict[int, int] = defaultdict(int)
         self._head = encode_json(self._object)[:-1] + b',"choices":['

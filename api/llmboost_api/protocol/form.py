@@ -7,6 +7,7 @@ import msgspec
 
 from llmboost.entries import Terminal, Usage
 from llmboost.jobs import GenerationJob
+from llmboost_api.protocol import tier
 from llmboost_api.protocol.chat import ChatRequest, ChatShape
 from llmboost_api.protocol.completions import CompletionRequest, CompletionShape
 from llmboost_api.protocol.responses.object import Progress, ResponseObject
@@ -66,6 +67,8 @@ class Form(msgspec.Struct, frozen=True, array_like=True):
     """A stream ends with a usage chunk."""
     repeated: bytes = b""
     """Of a response: what its object repeats of the request, as JSON."""
+    service_tier: str | None = None
+    """That the answer names."""
 
     @classmethod
     def of(
@@ -89,6 +92,7 @@ class Form(msgspec.Struct, frozen=True, array_like=True):
             usage_null=asked.include_usage,
             usage=asked.include_usage or always_usage,
             repeated=asked.repeated,
+            service_tier=tier.used(asked.service_tier),
         )
 
     @property
@@ -100,7 +104,12 @@ class Form(msgspec.Struct, frozen=True, array_like=True):
         shape = self.endpoint.shape
         assert shape is not None
         return shape(
-            completion_id, self.created, self.model, logprobs=self.logprobs, usage_null=self.usage_null
+            completion_id,
+            self.created,
+            self.model,
+            logprobs=self.logprobs,
+            usage_null=self.usage_null,
+            service_tier=self.service_tier,
         )
 
     def response(self, response_id: str) -> ResponseObject:

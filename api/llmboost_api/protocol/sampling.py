@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from llmboost.jobs import Prompt, SamplingParams, derived_seed
 from llmboost_api.protocol.request import Neutral, RequestModel, always, only, problem
+from llmboost_api.protocol.tier import ServiceTier
 from llmboost_api.protocol.translate import shown
 
 INT32 = 2**31 - 1
@@ -88,7 +89,6 @@ class GenerationRequest(RequestModel, ABC):
         "prompt_cache_key": always,
         "prompt_cache_retention": always,
         "store": only(False),
-        "service_tier": only("auto", "default"),
     }
 
     model: str = Field(min_length=1, description="One of the names that GET /v1/models lists.")
@@ -111,6 +111,9 @@ class GenerationRequest(RequestModel, ABC):
     include_stop_str_in_output: bool = False
     min_tokens: int = Field(0, ge=0, le=INT32)
     ignore_eos: bool = False
+    service_tier: ServiceTier | None = Field(
+        None, description="flex: only slots that nobody else wants; auto and default: at once."
+    )
 
     @model_validator(mode="after")
     def _stream_options_need_a_stream(self) -> "GenerationRequest":

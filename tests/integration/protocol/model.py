@@ -57,8 +57,10 @@ class Model:
         tokens: int,
         jobs: int = 1,
         slots: int = 1,
+        batch: int = 0,
         disturbances: frozenset[str] = DISTURBANCES,
     ) -> None:
+        """`batch`: so many of the jobs, the first ones, give way to the others."""
         self.server = server
         self.tokens = tokens
         self.disturbances = disturbances
@@ -67,6 +69,7 @@ class Model:
                 id=f"job-{number}",
                 prompt=Prompt(token_ids=[1 + number]),
                 max_tokens=tokens,
+                job_class="batch" if number < batch else "interactive",
                 needs_audience=False,
                 lasts=3600.0,
             )

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from llmboost.jobs import Prompt, SamplingParams
 from llmboost_api.errors import ApiError
+from llmboost_api.protocol import tier
 from llmboost_api.protocol.metadata import Metadata
 from llmboost_api.protocol.request import Neutral, RequestModel, never, only, problem
 from llmboost_api.protocol.responses.items import Input, Message, for_template
@@ -161,7 +162,7 @@ class ResponseRequest(GenerationRequest):
                 "prompt_cache_key": self.prompt_cache_key,
                 "reasoning": {"effort": None, "summary": None},
                 "safety_identifier": self.safety_identifier,
-                "service_tier": "default",
+                "service_tier": tier.used(self.service_tier) or "default",
                 "store": self.store,
                 "temperature": self.temperature,
                 "text": {"format": {"type": "text"}, "verbosity": "medium"},
