@@ -185,9 +185,10 @@ async def test_every_target_is_told_once_by_however_many_pods(ends: Ends, receiv
             told |= {await ends.batch(pods[0], "completed")}
             await wait_until(lambda: len(receiver.taken) >= 2 * len(told))
             for response_id in told:  # which the deliveries were made of by now
-                again = keys.arq_job(f"sealed:{response_id}")
-                await ends.queue.redis.set(again, pods[0].follow_up(response_id).arq_job, ex=60)
-                await ends.queue.redis.zadd(keys.WEBHOOKS, {f"sealed:{response_id}": int(now() * 1000)})
+                again = pods[0].follow_up(response_id).job
+                assert again is not None
+                await ends.queue.redis.set(keys.arq_job(again.id), again.definition, ex=60)
+                await ends.queue.redis.zadd(again.queue, {again.id: int(now() * 1000)})
             await wait_until(lambda: not any_left(dead))
             await ends.settled()
     for path in ("/a", "/b"):
