@@ -7,11 +7,13 @@ from typing import Any, Literal, TypeVar
 from fastapi import Request
 from pydantic import Field, ValidationError
 
+from llmboost_api.errors import ApiError
 from llmboost_api.protocol.request import RequestModel
 from llmboost_api.protocol.translate import first_error
+from llmboost_api.resume import shown
 
 Order = Literal["asc", "desc"]
-_NESTED = re.compile(r"(\w+)\[([^\]]+)\]")
+_NESTED = re.compile(r"(\w+)\[(\w*)\]")
 
 
 class Paging(RequestModel):
@@ -19,6 +21,11 @@ class Paging(RequestModel):
 
     limit: int = Field(20, ge=1, le=100, description="Entries of a page.")
     after: str | None = Field(None, description="Id of the last entry seen: the page begins behind it.")
+
+
+class OrderedPaging(Paging):
+    """The query of a list that can be had from either end."""
+
     order: Order = Field("desc", description="By time: oldest or newest first.")
 
 
@@ -26,30 +33,56 @@ P = TypeVar("P", bound=RequestModel)
 
 
 def query_of(request: Request, model: type[P]) -> P:
-    """The request's query as `model`; `a[b]=c` is an object, as OpenAI's clients write it.
+    """The request's query as `model`; as OpenAI's clients write them, `a[b]=c` is an object, `a[]=c` a list.
 
     Raises:
         ApiError: a parameter is unknown or wrong (400).
     """
     query: dict[str, Any] = {}
-    for name, value in request.query_params.items():
-        if nested := _NESTED.fullmatch(name):
+    for name, value in request.query_params.multi_items():
+        nested = _NESTED.fullmatch(name)
+        if nested is None:
+            query[name] = value
+        elif nested[2]:
             query.setdefault(nested[1], {})[nested[2]] = value
         else:
-            query[name] = value
+            query.setdefault(nested[1], []).append(value)
     try:
         return model.model_validate(query, strict=False)
     except ValidationError as invalid:
         raise first_error(invalid, model) from None
 
 
-def page_of(entries: Sequence[Mapping[str, Any]], limit: int) -> dict[str, Any]:
-    """OpenAI's list object: the first `limit` of the entries, which have ids, and whether there are more."""
-    page = list(entries[:limit])
+def invalid_after(after: str, wanted: str) -> ApiError:
+    """The page is to begin behind something that is not `wanted`."""
+    return ApiError(
+        400, f"'after' is {shown(after)}, but it must be {wanted}.", code="invalid_value", param="after"
+    )
+
+
+def page_object(entries: Sequence[Mapping[str, Any]], *, more: bool) -> dict[str, Any]:
+    """OpenAI's list object; the entries have ids."""
     return {
         "object": "list",
-        "data": page,
-        "first_id": page[0]["id"] if page else None,
-        "last_id": page[-1]["id"] if page else None,
-        "has_more": len(entries) > limit,
+        "data": list(entries),
+        "first_id": entries[0]["id"] if entries else None,
+        "last_id": entries[-1]["id"] if entries else None,
+        "has_more": more,
     }
+
+
+def page_of(entries: Sequence[Mapping[str, Any]], wanted: OrderedPaging, kind: str) -> dict[str, Any]:
+    """The wanted page of a list that is short; `entries` are the oldest first.
+
+    Raises:
+        ApiError: the one that it begins behind is none of them (400).
+    """
+    ordered = list(reversed(entries)) if wanted.order == "desc" else list(entries)
+    start = 0
+    if wanted.after is not None:
+        ids = [entry["id"] for entry in ordered]
+        if wanted.after not in ids:
+            raise invalid_after(wanted.after, f"the id of one of its {kind}")
+        start = ids.index(wanted.after) + 1
+    end = start + wanted.limit
+    return page_object(ordered[start:end], more=end < len(ordered))

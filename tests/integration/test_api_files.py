@@ -168,13 +168,13 @@ async def test_a_long_list(pod: RunningPod) -> None:
 @pytest.mark.parametrize(
     ("query", "param", "words"),
     [
-        ("limit=0", "limit", "from 1 to 10000"),
-        ("limit=10001", "limit", "from 1 to 10000"),
-        ("limit=99999999999999999999", "limit", "from 1 to 10000"),
-        ("limit=x", "limit", "'x'"),
-        ("limit=²", "limit", "'²'"),
-        ("limit=", "limit", "''"),
-        ("order=up", "order", "asc or desc"),
+        ("limit=0", "limit", "at least 1"),
+        ("limit=10001", "limit", "at most 10000"),
+        ("limit=99999999999999999999", "limit", "at most 10000"),
+        ("limit=x", "limit", '"x"'),
+        ("limit=²", "limit", '"²"'),
+        ("limit=", "limit", '""'),
+        ("order=up", "order", "'asc' or 'desc'"),
         ("after=file-1", "after", "the id of a file"),
         ("befor=1", "befor", "not a parameter"),
     ],
@@ -317,7 +317,7 @@ async def test_a_slow_storage_is_not_the_clients_fault(
     redis: ArqRedis, redis_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The time that an upload has to arrive does not pass while the pod takes nothing of it."""
-    settings = settings_for(redis_url, files_url=str(tmp_path), receive_timeout=0.1)
+    settings = settings_for(redis_url, files_url=str(tmp_path), receive_timeout=0.5)
     looks = 0
     look = ClientConnection._on_late
 
@@ -332,7 +332,7 @@ async def test_a_slow_storage_is_not_the_clients_fault(
         write = storage.run
 
         async def slow(*arguments: Any) -> Any:
-            await wait_until(lambda: looks > 3)
+            await wait_until(lambda: looks > 1)
             return await write(*arguments)
 
         monkeypatch.setattr(storage, "run", slow)

@@ -15,7 +15,6 @@ from llmboost_api.protocol.responses.items import listed
 from llmboost_api.protocol.shape import encode_json
 from llmboost_api.reply import Reply
 from llmboost_api.responses.log import events_of, object_of
-from llmboost_api.responses.paging import ItemsPage
 from llmboost_api.responses.reading import EventReading
 from llmboost_api.retrieval import find
 
@@ -54,12 +53,12 @@ async def retrieve_response(
     return Reply(pod.generations.follow(response_id, form, again=True), pod.settings, framer)
 
 
-async def input_items(request: Request, response_id: str, asker: str, page: ItemsPage) -> dict[str, Any]:
-    """A page of what a stored response was asked with (and not of the turns before it).
+async def input_items(request: Request, response_id: str, asker: str) -> list[dict[str, Any]]:
+    """What a stored response was asked with (and not the turns before it), oldest first.
 
     Raises:
-        ApiError: `after` is none of its items (400), there is no such response for this key or it was not
-            stored (404), it is not kept any more (410), or Redis can't be asked (503).
+        ApiError: there is no such response for this key or it was not stored (404), it is not kept any more
+            (410), or Redis can't be asked (503).
     """
     pod = pod_of(request)
     await find(pod, RESPONSES, response_id, asker)
@@ -71,11 +70,4 @@ async def input_items(request: Request, response_id: str, asker: str, page: Item
             code="response_not_stored",
             param="response_id",
         )
-    items, more = page.of(listed(response_id, stored.input))
-    return {
-        "object": "list",
-        "data": items,
-        "first_id": items[0]["id"] if items else None,
-        "last_id": items[-1]["id"] if items else None,
-        "has_more": more,
-    }
+    return listed(response_id, stored.input)

@@ -15,6 +15,7 @@ from llmboost_api.files.listing import Listing, listing
 from llmboost_api.files.record import FileRecord
 from llmboost_api.files.storage import NoSuchObject
 from llmboost_api.files.upload import receive
+from llmboost_api.paging import page_object
 from llmboost_api.pod import Pod, pod_of
 from llmboost_api.protocol.files import FORM
 from llmboost_api.resume import shown
@@ -32,7 +33,7 @@ async def create_file(request: Request, asker: Asker) -> dict[str, Any]:
     return record.to_object()
 
 
-@router.get("/files", responses=openapi.OBJECT)
+@router.get("/files", openapi_extra=openapi.query_of(Listing), responses=openapi.OBJECT)
 async def list_files(
     request: Request, asker: Asker, wanted: Annotated[Listing, Depends(listing)]
 ) -> dict[str, Any]:
@@ -41,16 +42,10 @@ async def list_files(
         asker,
         after=wanted.after,
         limit=wanted.limit,
-        newest_first=wanted.newest_first,
+        newest_first=wanted.order == "desc",
         purpose=wanted.purpose,
     )
-    return {
-        "object": "list",
-        "data": [record.to_object() for record in records],
-        "first_id": records[0].id if records else None,
-        "last_id": records[-1].id if records else None,
-        "has_more": more,
-    }
+    return page_object([record.to_object() for record in records], more=more)
 
 
 @router.get("/files/{file_id}", responses=openapi.OBJECT)

@@ -3,22 +3,30 @@
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Request, Response
+from pydantic import Field
 
 from llmboost_api import ending, openapi
 from llmboost_api.auth import owner
 from llmboost_api.idempotency import idempotency_key
+from llmboost_api.paging import OrderedPaging, page_of, query_of
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.form import RESPONSES
-from llmboost_api.protocol.responses.request import ResponseRequest
+from llmboost_api.protocol.responses.request import Includable, ResponseRequest
 from llmboost_api.responses.creation import create_response
 from llmboost_api.responses.log import object_of
-from llmboost_api.responses.paging import ItemsPage, items_page
 from llmboost_api.responses.reading import EventReading, event_reading
 from llmboost_api.responses.retrieval import input_items, retrieve_response
 from llmboost_api.resume import beginning
 from llmboost_api.retrieval import find
 
 router = APIRouter(prefix="/v1", tags=["responses"])
+
+
+class ItemsListing(OrderedPaging):
+    """Which of a response's input items are wanted."""
+
+    include: list[Includable] = Field([], description="Adds nothing: items have what there is of them.")
+
 
 Asker = Annotated[str, Depends(owner)]
 
@@ -63,9 +71,12 @@ async def delete(request: Request, response_id: str, asker: Asker) -> dict[str, 
     return {"id": response_id, "object": "response", "deleted": True}
 
 
-@router.get("/responses/{response_id}/input_items", responses=openapi.ERRORS)
-async def list_input_items(
-    request: Request, response_id: str, asker: Asker, page: Annotated[ItemsPage, Depends(items_page)]
-) -> dict[str, Any]:
+@router.get(
+    "/responses/{response_id}/input_items",
+    openapi_extra=openapi.query_of(ItemsListing),
+    responses=openapi.ERRORS,
+)
+async def list_input_items(request: Request, response_id: str, asker: Asker) -> dict[str, Any]:
     """What a stored response was asked with, page by page."""
-    return await input_items(request, response_id, asker, page)
+    wanted = query_of(request, ItemsListing)
+    return page_of(await input_items(request, response_id, asker), wanted, "input items")

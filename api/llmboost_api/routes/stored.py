@@ -7,19 +7,17 @@ from pydantic import Field
 
 from llmboost_api import body, ending, openapi, stored_chat
 from llmboost_api.auth import owner
-from llmboost_api.errors import ApiError
-from llmboost_api.paging import Order, Paging, page_of, query_of
+from llmboost_api.paging import Order, OrderedPaging, page_object, page_of, query_of
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.form import CHAT
 from llmboost_api.protocol.metadata import Metadata
 from llmboost_api.protocol.request import RequestModel
-from llmboost_api.resume import shown
 
 router = APIRouter(prefix="/v1/chat/completions", tags=["chat"], responses=openapi.ERRORS)
 Asker = Annotated[str, Depends(owner)]
 
 
-class Listing(Paging):
+class Listing(OrderedPaging):
     """Which of the stored completions are wanted."""
 
     order: Order = Field("asc", description="By time: oldest or newest first.")
@@ -27,7 +25,7 @@ class Listing(Paging):
     metadata: dict[str, str] = Field({}, description="All of these pairs: `metadata[key]=value`.")
 
 
-class MessageListing(Paging):
+class MessageListing(OrderedPaging):
     """Which of a completion's messages are wanted."""
 
     order: Order = Field("asc", description="Oldest or newest first.")
@@ -52,7 +50,7 @@ async def list_chat_completions(request: Request, asker: Asker) -> dict[str, Any
         model=wanted.model,
         metadata=wanted.metadata,
     )
-    return page_of(found, wanted.limit)
+    return page_object(found[: wanted.limit], more=len(found) > wanted.limit)
 
 
 @router.post("/{completion_id}", openapi_extra=openapi.body_of(Update))
@@ -68,18 +66,7 @@ async def list_chat_completion_messages(request: Request, completion_id: str, as
     """The messages that a stored completion answers."""
     wanted = query_of(request, MessageListing)
     messages = await stored_chat.messages(pod_of(request), completion_id, asker)
-    if wanted.order == "desc":
-        messages.reverse()
-    ids = [message["id"] for message in messages]
-    if wanted.after is not None and wanted.after not in ids:
-        raise ApiError(
-            400,
-            f"'after' is {shown(wanted.after)}, which is no message of this completion: give the id of one.",
-            code="invalid_value",
-            param="after",
-        )
-    start = 0 if wanted.after is None else ids.index(wanted.after) + 1
-    return page_of(messages[start:], wanted.limit)
+    return page_of(messages, wanted, "messages")
 
 
 @router.delete("/{completion_id}")
