@@ -13,10 +13,10 @@ from llmboost_api.batches.record import ID_PREFIX, Batch, BatchRecord, is_batch_
 from llmboost_api.batches.store import CreatedBefore
 from llmboost_api.directory import answered
 from llmboost_api.errors import NO_RETRY, ApiError, unavailable
-from llmboost_api.files.record import BATCH_LIFE_S
 from llmboost_api.idempotency import RequestName, idempotency_key, name_of
 from llmboost_api.pod import Pod, pod_of
 from llmboost_api.protocol.batches import BatchRequest, window_seconds
+from llmboost_api.protocol.files import MONTH_S
 from llmboost_api.resume import shown
 
 router = APIRouter(prefix="/v1", tags=["batches"])
@@ -133,7 +133,7 @@ async def _make(pod: Pod, asked: BatchRequest, asker: str, name: RequestName | N
         created=created,
         deadline=created + window_seconds(asked.completion_window),
         metadata=asked.metadata,
-        output_life=asked.output_expires_after.seconds if asked.output_expires_after else BATCH_LIFE_S,
+        output_life=asked.output_expires_after.seconds if asked.output_expires_after else MONTH_S,
     )
     once = None if name is None else name.once(record.id)
     try:
