@@ -194,7 +194,7 @@ async def test_failing_at_every_operation(
 async def test_a_commit_whose_reply_was_lost(
     redis: ArqRedis, worker: ScriptedWorker, settings: ApiSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A runner that loses its batch before it has heard of its commit takes nothing back that is committed."""
+    """A runner that loses its batch before it has heard of its commit takes back nothing that is in it."""
     async with mortal_pod(settings, Fate()) as pod:
         await make_batch(pod)
         (first,) = await holding.claim(pod.redis, "first", 1)
