@@ -21,8 +21,14 @@ GONE = (
     keys.claim("*"),
     keys.arq_job("*"),
     keys.arq_retry("*"),
+    keys.BATCHES,
+    keys.batch_lines("*"),
+    keys.batch_parts("*"),
 )
-"""Patterns of keys that only requests under way have. (arq's health check is beside a queue.)"""
+"""Patterns of keys that only requests and batches under way have. (arq's health check is beside a queue.)"""
+
+EMPTIED = (keys.FILES_DUE, keys.files("*"))
+"""Patterns of keys without a TTL that are gone when what they name is."""
 
 FOREVER = -1
 """PTTL of a key without one."""
@@ -49,7 +55,9 @@ async def leaks(redis: Redis) -> list[str]:
     for name in names:
         pipe.pttl(name)
     found = [
-        f"no TTL: {name}" for name, ttl in zip(names, await pipe.execute(), strict=True) if ttl == FOREVER
+        f"no TTL: {name}"
+        for name, ttl in zip(names, await pipe.execute(), strict=True)
+        if ttl == FOREVER and not any(fnmatch(name, pattern) for pattern in EMPTIED)
     ]
     found += [
         f"key {name}"

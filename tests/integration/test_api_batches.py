@@ -1,6 +1,7 @@
 """Batches, seen by the official client: made from a file, run line by line, and written into files."""
 
 import asyncio
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +11,7 @@ from openai import AsyncOpenAI, BadRequestError, ConflictError, NotFoundError
 
 from llmboost import keys
 from llmboost.jobs import GenerationJob
+from llmboost_api.protocol.form import ENDPOINTS, Endpoint
 from tests.waiting import wait_until
 
 from .answers import check_error
@@ -60,6 +62,37 @@ async def test_every_line_is_answered(pod: RunningPod) -> None:
     times = found.batch
     assert None not in (times.in_progress_at, times.finalizing_at, times.completed_at)
     assert times.failed_at is times.cancelled_at is times.expired_at is None
+
+
+BODIES: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": chat(),
+    "/v1/completions": {"model": MODEL, "prompt": "Say"},
+    "/v1/responses": {"model": MODEL, "input": "Tell me a story."},
+}
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS, ids=lambda endpoint: endpoint.name)
+async def test_every_endpoint(pod: RunningPod, endpoint: Endpoint) -> None:
+    """A batch may ask for whatever is generated; its rows hold what the endpoint would have answered."""
+    path = endpoint.path
+    batch = await begin(pod.openai, [line("a", BODIES[path], url=path)], endpoint=path)
+    found = await outcome(pod.openai, batch.id)
+    assert found.counts == (1, 1, 0)
+    body = found.output["a"]["response"]["body"]
+    alone = (await pod.http.post(path, json=BODIES[path])).json()
+    assert body.keys() == alone.keys()
+    assert (body["object"], body["usage"]) == (alone["object"], alone["usage"])
+    assert body["id"].startswith(endpoint.prefix)
+    assert "Once upon a time." in json.dumps(body)
+
+
+async def test_what_is_kept_of_lines(pod: RunningPod, redis: ArqRedis) -> None:
+    """Nothing but the batch and its files, even if a line asks for its answer to be stored."""
+    batch = await begin(pod.openai, [line("a", chat(store=True))])
+    found = await outcome(pod.openai, batch.id)
+    assert found.counts == (1, 1, 0)
+    assert [key async for key in redis.scan_iter(match=keys.stream("*"))] == []
+    assert [key async for key in redis.scan_iter(match=keys.stored("*"))] == []
 
 
 async def test_lines_are_batch_jobs(pod: RunningPod, worker: ScriptedWorker) -> None:

@@ -7,13 +7,16 @@ from contextlib import suppress
 
 import pytest
 from arq.connections import ArqRedis
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from llmboost import keys
 from llmboost.jobs import GenerationJob, new_id, now
 from llmboost.settings import ApiSettings
 from llmboost.streams import persist
 from llmboost_api.batches import collecting, execution, holding, output, source
+from llmboost_api.batches.committing import Committer
 from llmboost_api.batches.execution import Execution
+from llmboost_api.batches.ledger import Ledger
 from llmboost_api.batches.record import ID_PREFIX, BatchRecord
 from llmboost_api.batches.source import folder
 from llmboost_api.pod import Pod
@@ -186,3 +189,30 @@ async def test_failing_at_every_operation(
         assert len(worker.jobs) == LINES - 1
         last += 1
     assert last > OPERATIONS
+
+
+async def test_a_commit_whose_reply_was_lost(
+    redis: ArqRedis, worker: ScriptedWorker, settings: ApiSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runner that loses its batch before it has heard of its commit takes back nothing that is in it."""
+    async with mortal_pod(settings, Fate()) as pod:
+        await make_batch(pod)
+        (first,) = await holding.claim(pod.redis, "first", 1)
+        await first.begin(LINES, None)
+        commit = first.commit
+
+        async def unheard(results: holding.Results) -> None:
+            await commit(results)
+            await holding.claim(pod.redis, "second", 1)
+            raise RedisConnectionError
+
+        monkeypatch.setattr(first, "commit", unheard)
+        ledger = Ledger()
+        committer = Committer(pod, first, ledger)
+        ledger.add(output.Row(1, b"{}\n"))
+        with pytest.raises(holding.BatchLost):
+            await committer.flush()
+        await committer.discard()
+        (part,) = await first.parts()
+        assert await pod.files.storage.exists(part.name)
+        await execute(pod, "third")

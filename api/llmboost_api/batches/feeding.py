@@ -37,6 +37,8 @@ LOOK_EVERY_S = 2.0
 """How old the number of the workers' slots may be."""
 MODEL_AWAY_S = 1.0
 """Between looks for a model that no worker serves at the moment."""
+NOT_IN_BATCHES = {"store": False, "background": False}
+"""Of a request that has these: what a batch answers is kept in its files, and nobody waits for it anyway."""
 OUTLIVES_S = 86400.0
 """How long after the end of a batch the result of a line is kept for a runner that comes late."""
 
@@ -126,7 +128,9 @@ class Feeder:
             return None
         completion_id = self._completion_id(request.number)
         try:
-            asked = body.check(request.body, self._endpoint.request)
+            fields = self._endpoint.request.model_fields
+            ignored = {name: value for name, value in NOT_IN_BATCHES.items() if name in fields}
+            asked = body.check({**request.body, **ignored}, self._endpoint.request)
             card = await self._card(asked.model)
             if card is None:
                 return None
