@@ -3,8 +3,7 @@
 from functools import partial
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
-from pydantic import WithJsonSchema
+from fastapi import APIRouter, Depends, Request
 
 from llmboost.jobs import new_id, now
 from llmboost_api import body, openapi
@@ -14,6 +13,7 @@ from llmboost_api.batches.store import CreatedBefore
 from llmboost_api.directory import answered
 from llmboost_api.errors import NO_RETRY, ApiError, unavailable
 from llmboost_api.idempotency import RequestName, idempotency_key, name_of
+from llmboost_api.paging import Paging, invalid_after, page_object, query_of
 from llmboost_api.pod import Pod, pod_of
 from llmboost_api.protocol.batches import BatchRequest, window_seconds
 from llmboost_api.protocol.files import MONTH_S
@@ -23,7 +23,6 @@ router = APIRouter(prefix="/v1", tags=["batches"])
 
 Asker = Annotated[str, Depends(owner)]
 PATH = "/v1/batches"
-PAGE, LARGEST_PAGE = 20, 100
 
 
 @router.post("/batches", openapi_extra=openapi.body_of(BatchRequest), responses=openapi.OBJECT)
@@ -40,40 +39,16 @@ async def create_batch(
     return batch.to_object()
 
 
-@router.get("/batches", responses=openapi.OBJECT)
-async def list_batches(
-    request: Request,
-    asker: Asker,
-    after: Annotated[str | None, Query(description="Id of the batch behind which the page begins.")] = None,
-    limit: Annotated[
-        str | None,
-        Query(description="Batches on the page at most."),
-        WithJsonSchema({"type": "integer", "minimum": 1, "maximum": LARGEST_PAGE, "default": PAGE}),
-    ] = None,
-) -> dict[str, Any]:
+@router.get("/batches", openapi_extra=openapi.query_of(Paging), responses=openapi.OBJECT)
+async def list_batches(request: Request, asker: Asker) -> dict[str, Any]:
     """The key's batches, newest first, page by page."""
-    for name in sorted(request.query_params.keys() - {"after", "limit"}):
-        raise ApiError(
-            400,
-            f"{shown(name)} is not a parameter that this server knows. Remove it from the URL.",
-            code="unknown_parameter",
-            param=name[:60],
-        )
-    if limit is not None and not (
-        limit.isascii() and limit.isdecimal() and 1 <= int(limit[:9]) <= LARGEST_PAGE
-    ):
-        raise _refused("limit", limit, f"a number from 1 to {LARGEST_PAGE}")
-    if after is not None and not is_batch_id(after):
-        raise _refused("after", after, "the id of a batch")
-    count = PAGE if limit is None else int(limit)
-    batches, more = await answered(partial(pod_of(request).batches.page, asker, after=after, limit=count))
-    return {
-        "object": "list",
-        "data": [batch.to_object() for batch in batches],
-        "first_id": batches[0].id if batches else None,
-        "last_id": batches[-1].id if batches else None,
-        "has_more": more,
-    }
+    wanted = query_of(request, Paging)
+    if wanted.after is not None and not is_batch_id(wanted.after):
+        raise invalid_after(wanted.after, "the id of a batch")
+    batches, more = await answered(
+        partial(pod_of(request).batches.page, asker, after=wanted.after, limit=wanted.limit)
+    )
+    return page_object([batch.to_object() for batch in batches], more=more)
 
 
 @router.get("/batches/{batch_id}", responses=openapi.OBJECT)
@@ -168,9 +143,3 @@ async def _check_input(pod: Pod, file_id: str, asker: str) -> None:
             code="invalid_purpose",
             param="input_file_id",
         )
-
-
-def _refused(param: str, given: str, wanted: str) -> ApiError:
-    return ApiError(
-        400, f"'{param}' is {shown(given)}, but it must be {wanted}.", code="invalid_value", param=param
-    )
