@@ -200,7 +200,11 @@ class Generator:
                 return
             self._engine.add(requests)
             return
-        batch = [each for each in others if each.job.job_class == "batch" and each.live_sequences]
+        batch = [
+            each
+            for each in others
+            if each.job.job_class == "batch" and each.live_sequences and not each.done.done()
+        ]
         batch.sort(key=lambda each: each.job.created)
         leaving: list[str] = []
         while batch and free < len(requests):
