@@ -11,6 +11,7 @@ from llmboost import logs
 from llmboost.settings import ApiSettings
 from llmboost_api import errors, openapi
 from llmboost_api.batches.runner import BatchRunner
+from llmboost_api.files import outage
 from llmboost_api.files.storage import StorageError
 from llmboost_api.middleware import RequestContext, allow_origins
 from llmboost_api.pod import Pod
@@ -44,6 +45,7 @@ def create_app(settings: ApiSettings) -> FastAPI:
     app.state.pod = pod
     app.state.batch_runner = runner
     errors.install(app)
+    outage.install(app)
     app.add_middleware(RequestContext)
     allow_origins(app, settings.allowed_origins)  # The last is the outermost: it sees all answers.
     for routes in (chat, stored, completions, responses, files, batches, models, health):

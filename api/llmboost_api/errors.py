@@ -1,6 +1,5 @@
 """Errors as a client sees them: OpenAI's error object, and when to send the request again."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +8,6 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from llmboost.entries import StreamError
-from llmboost_api.files.storage import StorageError
-
-logger = logging.getLogger(__name__)
 
 NO_RETRY = {"x-should-retry": "false"}
 """Official clients send a request again after 408, 409, 429 and 5xx. Once a job is in the queue that
@@ -113,15 +109,7 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
     return ApiError(error.status_code, message, headers=error.headers, **what).response()
 
 
-async def _on_storage_error(request: Request, error: Exception) -> Response:
-    logger.warning("the storage of files failed: request_id=%s %s", request.state.request_id, error)
-    return unavailable(
-        "The storage of files can't be used at the moment. Try again in a few seconds."
-    ).response()
-
-
 def install(app: FastAPI) -> None:
     """Makes every error of the app an OpenAI-shaped one."""
     app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(StorageError, _on_storage_error)
     app.add_exception_handler(HTTPException, _on_http_error)
