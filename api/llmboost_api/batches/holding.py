@@ -74,7 +74,8 @@ async def claim(redis: Redis, holder: str, count: int) -> "list[Holding]":
 class Holding:
     """One runner's hold on one batch.
 
-    Methods that change anything raise `BatchLost` if it is over. All may be called again after an unknown outcome.
+    Methods that change anything raise `BatchLost` if it is over. All may be called again if their outcome is
+    unknown.
     """
 
     def __init__(self, redis: Redis, batch_id: str, holder: str, attempt: int) -> None:
