@@ -75,7 +75,7 @@ def run_worker(redis_url: str) -> None:
 
 
 class Lateness:
-    """Of a timer in this loop: as far as the loop itself is to blame, and not a machine that others use too."""
+    """Of a timer in this loop, as far as the loop itself is to blame, and not others on the machine."""
 
     def __init__(self) -> None:
         self.seconds = array("d")
@@ -105,7 +105,7 @@ async def run_batch(settings: ApiSettings, lines: int) -> dict[str, float]:
     """One batch from its upload to its end."""
     process = psutil.Process()
     async with Pod(settings) as pod, BatchRunner(pod) as runner:
-        while not await pod.registry.models():  # the worker is starting
+        while not await pod.registry.models():  # noqa: ASYNC110  (the worker is starting)
             await asyncio.sleep(0.05)
         file = await pod.files.create("", "input.jsonl", "batch", content(lines))
         begun, before, peak = time.perf_counter(), process.memory_info().rss, 0
