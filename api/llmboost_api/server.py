@@ -28,7 +28,7 @@ class PodServer(uvicorn.Server):
 
     1. `shutdown` gives running responses `drain_timeout` seconds, and then has those that are left end in
        an error that their clients can read, where uvicorn would cut them off. It does cut off a client that
-       reads nothing. Before that, it hands its batches over.
+       reads nothing. Meanwhile it hands its batches over.
     2. `handle_exit` does not raise the signal again afterwards: a drained pod ends with status 0. A second
        signal of either kind, not SIGINT alone, stops the waiting.
     3. sse-starlette ends all streams as soon as the process is told to go; that is switched off.
@@ -70,8 +70,8 @@ class PodServer(uvicorn.Server):
         logger.info("ready: serving on http://%s:%d", host, self.port)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # First, so that another pod goes on with its batches while this one waits for its streams.
-        await self._app.state.batch_runner.stop()
+        # At once, so that another pod goes on with its batches while this one waits for its streams.
+        handing_over = asyncio.create_task(self._app.state.batch_runner.stop())
         running = len(self._app.state.pod.generations.running)
         logger.info("draining: running=%d timeout=%gs", running, self._settings.drain_timeout)
         ending = asyncio.get_running_loop().call_later(self._settings.drain_timeout, self._end_what_runs)
@@ -79,6 +79,7 @@ class PodServer(uvicorn.Server):
             await super().shutdown(sockets)
         finally:
             ending.cancel()
+            await handing_over
 
     def _end_what_runs(self) -> None:
         self._app.state.pod.generations.end_all()

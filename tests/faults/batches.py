@@ -7,7 +7,7 @@ from functools import cache
 from itertools import zip_longest
 from typing import Any
 
-from openai import APIConnectionError, AsyncOpenAI
+from openai import APIConnectionError, AsyncOpenAI, InternalServerError
 
 from llmboost import keys
 from tests.e2e.asking import CHAT, chat
@@ -110,13 +110,13 @@ class RunningBatch:
         return batch if batch.status in ENDED else None
 
     async def _batch(self) -> Any:
-        """From any pod that answers, another one each time."""
+        """From any pod that answers, another one each time; once Redis does, too."""
 
         async def answer() -> Any:
             async with self._client() as client:
                 try:
                     return await client.batches.retrieve(self.id)
-                except APIConnectionError:
+                except (APIConnectionError, InternalServerError):
                     return None
 
         return await wait_until(answer, within=60, every=0.05)

@@ -452,3 +452,15 @@ async def test_several_batches(pod: RunningPod, worker: ScriptedWorker) -> None:
     assert (await pod.openai.batches.retrieve(large.id)).status == "in_progress"
     await pod.openai.batches.cancel(large.id)
     await ended(pod.openai, large.id)
+
+
+async def test_a_stream_that_is_lost(pod: RunningPod, worker: ScriptedWorker, redis: ArqRedis) -> None:
+    """A line whose stream is gone, with a server that had written it last, is begun again."""
+    gate = asyncio.Event()
+    worker.script = lambda job: [gate.wait(), *story(job)]
+    batch = await begin(pod.openai, lines(3))
+    await wait_until(lambda: len(worker.jobs) == 3)
+    await redis.delete(keys.stream(worker.jobs[1].id))
+    gate.set()
+    assert (await outcome(pod.openai, batch.id)).counts == (3, 3, 0)
+    assert len(worker.jobs) == 4

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from fastapi.testclient import TestClient
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from redis import Redis
 
@@ -47,6 +47,7 @@ def test_any_upload_is_answered(client: TestClient, tmp_path: Path) -> None:
     seen: set[int] = set()
 
     @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @example([FILE, PURPOSE], [], [], CONTENT_TYPE)
     @given(parts, st.lists(damage, max_size=2), places, st.sampled_from((CONTENT_TYPE, CONTENT_TYPE + "x")))
     def fuzz(wanted: list[Part], damages: Any, where: list[int], content_type: str) -> None:
         body = bytearray(form(*wanted))

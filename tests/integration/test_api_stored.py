@@ -225,12 +225,12 @@ async def test_any_pod_cancels_at_the_next_token(
 async def test_a_cancelled_answer_that_is_not_streamed_is_an_error(
     pod: RunningPod, worker: ScriptedWorker, streams: TokenStreams
 ) -> None:
-    async def cancel() -> None:
-        response = await pod.http.post(f"{CHAT}/{worker.jobs[0].id}/cancel")
-        assert response.json()["cancelled"]
-
-    worker.script = lambda job: [*says(["a"], reason=None), cancel()]
-    response = await pod.http.post(CHAT, json=chat())
+    worker.script = lambda job: [*says(["a"], reason=None), wait_until(lambda: asked.done())]
+    asked = asyncio.create_task(pod.http.post(CHAT, json=chat()))
+    await wait_until(lambda: worker.jobs)
+    cancelled = await pod.http.post(f"{CHAT}/{worker.jobs[0].id}/cancel")
+    assert cancelled.json()["cancelled"]
+    response = await asked
     check_error(response, 499, "cancelled")
     assert response.headers["x-should-retry"] == "false"
 

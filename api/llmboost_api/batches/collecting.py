@@ -13,7 +13,6 @@ from typing import Any, cast
 from llmboost import keys
 from llmboost.connection import BLOCK_S
 from llmboost.entries import Queued, ReadEntry
-from llmboost.jobs import now
 from llmboost.queue import DEADLINE_ERROR
 from llmboost.streams import persist
 from llmboost_api import errors
@@ -138,6 +137,6 @@ class Collector:
 
     def _ending(self, error: ApiError) -> Ending | None:
         """Why the line was given up, if it was."""
-        if error.code == DEADLINE_ERROR.code and now() >= self._batch.record.deadline:
-            return Ending.EXPIRED  # The reaper was there first.
+        if error.code == DEADLINE_ERROR.code:  # The reaper was there first.
+            return Ending.EXPIRED
         return _ENDINGS.get(error.code or "")

@@ -80,13 +80,12 @@ class Feeder:
         place = lost.number, lost.offset
         read = partial(line_at, self._pod.files.storage, self._record.input_file_id, place, self._max_bytes)
         try:
-            line = await stored(read)
+            await self._begin(await stored(read))
         except NoSuchObject:
             self._lose_input()
+        # It stays in flight until it is so again, or has its row: or the work would seem to be done.
+        if self._ledger.of_job(lost.jobs[0]) is lost:
             self._ledger.end(lost)
-            return
-        self._ledger.end(lost)
-        await self._begin(line)
 
     async def give_up(self, line: InFlight, ending: Ending) -> None:
         """Ends the jobs of a line in flight."""
