@@ -4,7 +4,7 @@ from llmboost_api.batches.uniqueness import CHUNK, Uniqueness
 
 
 async def test_repetitions_are_found_across_chunks() -> None:
-    """Each is told once, with the place of the first; in the same chunk, a later one, or the one under way."""
+    """Each is told once, with the place of the first: in the same chunk, in a later one, in the last."""
     names = [f"name-{number}" for number in range(3 * CHUNK)]
     names[5] = names[2]
     names[2 * CHUNK + 7] = names[11]
