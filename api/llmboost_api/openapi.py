@@ -1,6 +1,6 @@
 """The app's own description. Bodies are read by `llmboost_api.body`, so FastAPI has to be told of them."""
 
-from typing import Any
+from typing import Any, get_args
 
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
@@ -9,10 +9,10 @@ from pydantic.json_schema import models_json_schema
 from llmboost_api.protocol.batches import BatchRequest
 from llmboost_api.protocol.chat import ChatRequest
 from llmboost_api.protocol.completions import CompletionRequest
-from llmboost_api.protocol.files import FileRequest
+from llmboost_api.protocol.files import HOUR_S, MONTH_S, Purpose
 from llmboost_api.protocol.request import RequestModel
 
-MODELS: tuple[type[RequestModel], ...] = (BatchRequest, ChatRequest, CompletionRequest, FileRequest)
+MODELS: tuple[type[RequestModel], ...] = (BatchRequest, ChatRequest, CompletionRequest)
 _REF = "#/components/schemas/{model}"
 
 ERROR_SCHEMA = {
@@ -81,14 +81,14 @@ FILE_FORM: dict[str, Any] = {
         "content": {
             "multipart/form-data": {
                 "schema": {
-                    "allOf": [
-                        {"$ref": _REF.format(model=FileRequest.__name__)},
-                        {
-                            "type": "object",
-                            "properties": {"file": {"type": "string", "format": "binary"}},
-                            "required": ["file"],
-                        },
-                    ]
+                    "type": "object",
+                    "properties": {
+                        "file": {"type": "string", "format": "binary"},
+                        "purpose": {"type": "string", "enum": list(get_args(Purpose))},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {"type": "integer", "minimum": HOUR_S, "maximum": MONTH_S},
+                    },
+                    "required": ["file", "purpose"],
                 }
             }
         },

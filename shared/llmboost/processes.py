@@ -202,7 +202,7 @@ class Processes:
 
     def _files_environment(self) -> dict[str, str]:
         """Files are kept for as long as Redis is kept that knows of them."""
-        if self.settings.files_url is not None:
+        if self.settings.files_url:
             return {}
         if self.settings.data_dir:
             return {"LLMBOOST_FILES_URL": str(self.settings.data_dir.absolute() / "files")}

@@ -24,7 +24,7 @@ class TemporaryFolder:
     def __init__(self, prefix: str) -> None:
         self.path = Path(tempfile.mkdtemp(prefix=prefix))
         self._remover = subprocess.Popen(
-            [sys.executable, "-S", "-E", __file__, str(self.path)],
+            [sys.executable, "-P", "-S", "-E", __file__, str(self.path)],  # -P: our queue is not Python's
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,

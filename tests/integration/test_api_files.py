@@ -1,17 +1,14 @@
 """Files, by the official client: two pods that share a storage, asked in turn."""
 
 import asyncio
-import itertools
 import os
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
 import pytest
 from arq.connections import ArqRedis
-from openai import AsyncOpenAI, InternalServerError, NotFoundError
-from openai.types import FileObject
+from openai import InternalServerError, NotFoundError
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from llmboost import keys
@@ -19,50 +16,14 @@ from llmboost.jobs import new_id, now
 from llmboost_api import directory
 from llmboost_api.connections import ClientConnection
 from llmboost_api.files.catalogue import PAGE
-from llmboost_api.files.files import Files
 from llmboost_api.files.record import FileRecord
 from tests.waiting import wait_until
 
 from .api_pod import RunningPod, serving, settings_for
-from .forms import BOUNDARY, CONTENT_TYPE, FILE, PURPOSE, Part, form, value
+from .file_pods import LINES, LONG, MIB, files_of, nothing_left, pod, pods, upload
 from .storages import files_url, left_in, s3_endpoint
 
-__all__ = ["files_url", "s3_endpoint"]
-
-LINES = b'{"custom_id": "1"}\n{"custom_id": "2"}\n'
-MIB = 1 << 20
-
-
-@pytest.fixture
-async def pods(redis: ArqRedis, redis_url: str, files_url: str) -> AsyncIterator[Iterator[RunningPod]]:
-    settings = settings_for(redis_url, files_url=files_url)
-    async with serving(settings) as first, serving(settings) as second:
-        yield itertools.cycle((first, second))
-
-
-@pytest.fixture
-async def pod(redis: ArqRedis, redis_url: str, files_url: str) -> AsyncIterator[RunningPod]:
-    async with serving(settings_for(redis_url, files_url=files_url, max_file_bytes=40 * MIB)) as running:
-        yield running
-
-
-@pytest.fixture
-async def local_pod(redis: ArqRedis, redis_url: str, tmp_path: Path) -> AsyncIterator[RunningPod]:
-    """One for what doesn't depend on where files are kept."""
-    async with serving(settings_for(redis_url, files_url=str(tmp_path))) as running:
-        yield running
-
-
-def files_of(pod: RunningPod) -> Files:
-    files: Files = pod.server.config.app.state.pod.files  # type: ignore[union-attr]
-    return files
-
-
-async def upload(
-    client: AsyncOpenAI, data: bytes = LINES, name: str = "input.jsonl", **fields: object
-) -> FileObject:
-    fields = {"purpose": "user_data", **fields}
-    return await client.files.create(file=(name, data), **fields)  # type: ignore[arg-type]
+__all__ = ["files_url", "pod", "pods", "s3_endpoint"]
 
 
 async def test_the_life_of_a_file(pods: Iterator[RunningPod], files_url: str) -> None:
@@ -272,144 +233,7 @@ async def test_bytes_that_are_lost_are_said_to_be(pod: RunningPod) -> None:
     await pod.openai.files.delete(made.id)
 
 
-# Forms
-
-
-async def nothing_left(redis: ArqRedis, files_url: str) -> None:
-    """Neither bytes nor a record nor a reservation."""
-    assert left_in(files_url) == []
-    assert not [key async for key in redis.scan_iter(match="llmboost:file*")]
-
-
-async def post(pod: RunningPod, body: bytes | AsyncIterator[bytes], **headers: str) -> httpx.Response:
-    headers = {"content-type": CONTENT_TYPE, **headers}
-    return await pod.http.post("/v1/files", content=body, headers=headers)
-
-
-EXPIRES = (value("expires_after[anchor]", "created_at"), value("expires_after[seconds]", "3600"))
-
-
-@pytest.mark.parametrize("parts", [*itertools.permutations([FILE, PURPOSE, *EXPIRES])])
-async def test_fields_come_in_any_order(local_pod: RunningPod, parts: Sequence[Part]) -> None:
-    response = await post(local_pod, form(*parts))
-    assert response.status_code == 200, response.text
-    made = response.json()
-    assert made["expires_at"] == made["created_at"] + 3600
-    assert (await local_pod.http.get(f"/v1/files/{made['id']}/content")).content == FILE[1]
-
-
-async def test_a_form_comes_in_any_pieces(pod: RunningPod) -> None:
-    async def pieces() -> AsyncIterator[bytes]:
-        for byte in form(PURPOSE, FILE):
-            yield bytes([byte])
-
-    made = (await post(pod, pieces())).json()
-    assert (await pod.openai.files.content(made["id"])).content == FILE[1]
-
-
-LONG = b"x" * (3 * MIB)
-
-WRONG: dict[str, tuple[bytes, str | None, str]] = {
-    "nothing": (b"", None, "breaks off"),
-    "no form": (b'{"purpose": "batch"}', None, "oundary"),
-    "no parts": (f"--{BOUNDARY}--\r\n".encode(), "purpose", "missing"),
-    "no file": (form(PURPOSE), "file", "missing"),
-    "no purpose": (form((FILE[0], LONG)), "purpose", "missing"),
-    "unknown purpose": (form((FILE[0], LONG), value("purpose", "fun")), "purpose", "fun"),
-    "the batch runner's purpose": (form(value("purpose", "batch_output"), FILE), "purpose", "batch_output"),
-    "two purposes": (form(PURPOSE, PURPOSE, FILE), "purpose", "twice"),
-    "two files": (form(PURPOSE, (FILE[0], LONG), FILE), "file", "twice"),
-    "a file that is none": (form(PURPOSE, value("file", "x")), "file", "filename"),
-    "a long name": (form(PURPOSE, (f'; name="file"; filename="{"x" * 256}"', b"")), "file", "255"),
-    "unknown field": (form(PURPOSE, FILE, value("purposes", "x")), "purposes", "Did you mean 'purpose'?"),
-    "long field": (form(value("purpose", "x" * 2000), FILE), "purpose", "longer than"),
-    "no anchor": (form(PURPOSE, FILE, EXPIRES[1]), "expires_after.anchor", "missing"),
-    "no seconds": (form(PURPOSE, FILE, EXPIRES[0]), "expires_after.seconds", "missing"),
-    "another anchor": (
-        form(PURPOSE, FILE, value("expires_after[anchor]", "last_active_at"), EXPIRES[1]),
-        "expires_after.anchor",
-        "created_at",
-    ),
-    "few seconds": (
-        form(PURPOSE, FILE, EXPIRES[0], value("expires_after[seconds]", "3599")),
-        "expires_after.seconds",
-        "at least 3600",
-    ),
-    "many seconds": (
-        form(PURPOSE, FILE, EXPIRES[0], value("expires_after[seconds]", "2592001")),
-        "expires_after.seconds",
-        "at most 2592000",
-    ),
-    "no number": (
-        form(PURPOSE, FILE, EXPIRES[0], value("expires_after[seconds]", "1h")),
-        "expires_after.seconds",
-        "an integer",
-    ),
-    "broken off": (form(PURPOSE, (FILE[0], LONG))[:-10], None, "breaks off"),
-    "another boundary": (form(PURPOSE, FILE).replace(BOUNDARY.encode(), b"other"), None, "oundary"),
-}
-
-
-@pytest.mark.parametrize(
-    ("files_url", "name"),
-    [*(("local", name) for name in WRONG), ("s3", "two files"), ("s3", "no purpose"), ("s3", "broken off")],
-    indirect=["files_url"],
-)
-async def test_a_wrong_form_is_refused_and_leaves_nothing(
-    pod: RunningPod, redis: ArqRedis, files_url: str, name: str
-) -> None:
-    body, param, words = WRONG[name]
-    response = await post(pod, body)
-    assert response.status_code == 400, response.text
-    error = response.json()["error"]
-    assert error["param"] == param
-    assert words in error["message"]
-    await nothing_left(redis, files_url)
-
-
-@pytest.mark.parametrize("kind", ["application/json", "multipart/form-data", ""])
-async def test_a_wrong_content_type_is_refused(local_pod: RunningPod, kind: str) -> None:
-    response = await post(local_pod, form(PURPOSE, FILE), **{"content-type": kind})
-    assert response.status_code == 400
-    assert response.json()["error"]["code"] == "invalid_form"
-
-
-async def test_an_encoded_form_is_refused(local_pod: RunningPod) -> None:
-    response = await post(local_pod, form(PURPOSE, FILE), **{"content-encoding": "gzip"})
-    assert response.status_code == 415
-
-
-@pytest.mark.parametrize("declared", [True, False])
-async def test_a_file_that_is_too_large_leaves_nothing(
-    pod: RunningPod, redis: ArqRedis, files_url: str, declared: bool
-) -> None:
-    async def pieces() -> AsyncIterator[bytes]:
-        head, tail = form(PURPOSE, (FILE[0], b"|")).split(b"|")
-        yield head
-        for _ in range(41):
-            yield bytes(MIB)
-        yield tail
-
-    body = pieces() if not declared else b"".join([piece async for piece in pieces()])
-    response = await post(pod, body)
-    assert response.status_code == 413
-    assert response.json()["error"]["code"] == "file_too_large"
-    assert str(40 * MIB) in response.json()["error"]["message"]
-    await nothing_left(redis, files_url)
-
-
-async def test_a_client_that_leaves_leaves_nothing(pod: RunningPod, redis: ArqRedis, files_url: str) -> None:
-    """In the middle of its file, whose beginning was stored already."""
-
-    async def pieces() -> AsyncIterator[bytes]:
-        yield form(PURPOSE, (FILE[0], LONG))[: 2 * MIB]
-        await wait_until(lambda: redis.zcard(keys.FILES_DUE))
-        raise EOFError
-
-    with pytest.raises(EOFError):
-        await post(pod, pieces())
-    await wait_until(lambda: not pod.server.server_state.tasks)
-    await nothing_left(redis, files_url)
+# What is left
 
 
 async def test_a_killed_pod_leaves_nothing_that_is_seen(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmboost_api.files.filesystem import BLOCK_BYTES
+from llmboost_api.files.remote import BLOCK_BYTES
 from llmboost_api.files.storage import READ_BYTES, FileStorage, NoSuchObject, StorageError
 
 from .storages import S3_ENVIRONMENT, files_url, left_in, s3_endpoint

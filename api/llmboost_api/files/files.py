@@ -70,8 +70,8 @@ class Files:
             return await draft.publish(filename, purpose, life_s)
 
     async def reserve(self, owner: str, file_id: str) -> None:
-        """To be called before an object is written under a file's id, and every hour until
-        it is published: else it is removed after a while (`catalogue.RESERVED_S`)."""
+        """To be called before an object is written under a file's id, and every hour until it is published:
+        else it is removed after a while (`catalogue.RESERVED_S`)."""
         await answered(partial(self.catalogue.reserve, owner, file_id))
 
     async def publish(self, record: FileRecord) -> None:

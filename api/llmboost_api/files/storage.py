@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import TypeVar, TypeVarTuple
 
-from llmboost_api.files.filesystem import Folder, PartialObject, open_folder
+from llmboost_api.files.folder import Folder, PartialObject, open_folder
 from llmboost_api.files.lines import MAX_LINE_BYTES, Line, Splitter
 
 logger = logging.getLogger(__name__)
@@ -68,7 +68,9 @@ class FileStorage:
         except Exception as error:
             if self._folder.is_away(error):
                 raise StorageError(_reason(error)) from error
-            raise ValueError(f"files can't be kept in {self.url}: {_reason(error)}") from error
+            raise ValueError(
+                f"files can't be kept in {self.url}: {_reason(error)}. Give another place with --files-url."
+            ) from error
 
     def close(self) -> None:
         """Ends the threads, once what they do is done."""
