@@ -45,8 +45,8 @@ async def redis(redis_url: str) -> AsyncIterator[ArqRedis]:
 async def keys_without_ttl(client: ArqRedis) -> list[str]:
     """Keys that would stay for ever: none, once every request of a test has ended.
 
-    But files without an expiry are meant to; and the indices of files, and of batches that somebody has still to
-    clean up after, empty themselves.
+    But files without an expiry are meant to; and the indices of files, and of batches that are still to be
+    cleaned up after, empty themselves.
     """
     found = [key.decode() async for key in client.scan_iter(count=1000)]
     return sorted([key for key in found if await client.pttl(key) == -1 and not await _may_stay(client, key)])

@@ -216,3 +216,24 @@ async def test_a_commit_whose_reply_was_lost(
         (part,) = await first.parts()
         assert await pod.files.storage.exists(part.name)
         await execute(pod, "third")
+
+
+async def test_what_follows_from_the_end(
+    redis: ArqRedis, worker: ScriptedWorker, settings: ApiSettings
+) -> None:
+    """The script that ends a batch enqueues a job, once, however often it is sent."""
+    job = holding.ArqJob("some:queue", "ended", b"definition")
+    async with mortal_pod(settings, Fate()) as pod:
+        record = await make_batch(pod)
+        (hold,) = await holding.claim(pod.redis, "runner", 1)
+        await hold.finish("failed", 60, job=job)
+        enqueued = await redis.zrange("some:queue", 0, -1, withscores=True)
+        await hold.finish("failed", 60, job=job)
+        assert await redis.zrange("some:queue", 0, -1, withscores=True) == enqueued
+        assert [name for name, _ in enqueued] == [b"ended"]
+        assert await redis.get(keys.arq_job("ended")) == b"definition"
+        await redis.delete("some:queue")
+        await hold.forget()
+        batch = await pod.batches.get(record.id)
+        assert batch is not None
+        assert batch.progress.status == "failed"

@@ -82,7 +82,7 @@ async def test_cancelled_twice(pod: RunningPod, held: Held) -> None:
 async def test_the_window_closes(pod: RunningPod, held: Held, redis: ArqRedis) -> None:
     """What is not done in time is reported as expired, line by line; nothing of it goes on."""
 
-    batch = await begin(pod.openai, lines(100, some_long), window="2s")
+    batch = await begin(pod.openai, lines(100, some_long), window="3s")
     found = await outcome(pod.openai, batch.id, within=10)
     assert found.batch.status == "expired"
     assert found.batch.expired_at is not None

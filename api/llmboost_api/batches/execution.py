@@ -31,6 +31,7 @@ HAND_OVER_S = 5.0
 AGAIN_S = 5.0
 """After which a batch is taken up again that failed for a reason that nobody foresaw."""
 REDIS_AWAY_S = 1.0
+"""Between questions for a model."""
 
 
 class Execution:
@@ -87,6 +88,7 @@ class Execution:
         try:
             found: Validated = await validate(lines, endpoint, max_bytes, self._refusal_of)
         except NoSuchObject:
+            logger.warning("no input: batch=%s storage=%s", batch.id, self._pod.files.storage.url)
             message = f"The input file {file_id} was deleted, or expired, before it was validated."
             return [Problem("input_file_not_found", message, param="input_file_id")]
         if self._cancelling.is_set():

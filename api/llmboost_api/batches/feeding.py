@@ -94,6 +94,7 @@ class Feeder:
 
     def _lose_input(self) -> None:
         file_id = self._record.input_file_id
+        logger.warning("no input: batch=%s storage=%s", self._record.id, self._pod.files.storage.url)
         self._ledger.problem = Problem(
             "input_file_not_found",
             f"The input file {file_id} was deleted, or expired, before all of its lines were run. "

@@ -1,4 +1,5 @@
-"""The scripts of `holding`: each begins by asking whether the one who calls it still holds the batch."""
+"""The scripts of `holding`. All but `CLAIM` begin by asking whether whoever calls them still holds the batch:
+`KEYS[1]` is its hash, `ARGV[1]` the holder and `ARGV[2]` the attempt."""
 
 from llmboost.lua import ENQUEUE_ARQ, NOW, Script
 from llmboost_api.files.catalogue import PUBLISH_FILE
@@ -51,7 +52,8 @@ return 1
 BEGIN = Script(
     MINE
     + """
-redis.call('HSET', batch, 'total', ARGV[3], 'in_progress_at', seconds)
+redis.call('HSET', batch, 'total', ARGV[3])
+redis.call('HSETNX', batch, 'in_progress_at', seconds)
 if ARGV[4] ~= '' then redis.call('HSET', batch, 'model', ARGV[4]) end
 if redis.call('HGET', batch, 'status') == 'validating' then
   redis.call('HSET', batch, 'status', 'in_progress')
@@ -86,7 +88,8 @@ local get = function(field) return tonumber(redis.call('HGET', batch, field) or 
 local status = redis.call('HGET', batch, 'status')
 if get('completed') + get('failed') < get('total') then return 'incomplete' end
 if status == 'cancelling' then return 'cancelled' end
-redis.call('HSET', batch, 'status', 'finalizing', 'finalizing_at', seconds)
+redis.call('HSET', batch, 'status', 'finalizing')
+redis.call('HSETNX', batch, 'finalizing_at', seconds)
 return get('expired') > 0 and 'expired' or 'completed'
 """
 )
