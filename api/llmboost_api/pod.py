@@ -16,7 +16,6 @@ from llmboost.registry import Registry
 from llmboost.settings import ApiSettings, default_files_url
 from llmboost.streams import TokenStreams
 from llmboost.tailer import Tailer
-from llmboost_api.batches.store import BatchStore
 from llmboost_api.directory import ModelDirectory
 from llmboost_api.files.files import Files
 from llmboost_api.files.storage import FileStorage
@@ -49,7 +48,6 @@ class Pod:
         self.stored = StoredAnswers(self.redis, settings.response_ttl)
         self.generations = Generations(self.queue, self.tailer, settings, self.id)
         self.files = Files(self.redis, FileStorage(settings.files_url or default_files_url()))
-        self.batches = BatchStore(self.redis, settings.response_ttl)
         self.webhooks = Webhooks(self.redis, self.streams, settings)
         self._stack = AsyncExitStack()
 

@@ -19,6 +19,7 @@ from llmboost_api.batches.execution import Execution
 from llmboost_api.batches.ledger import Ledger
 from llmboost_api.batches.record import ID_PREFIX, BatchRecord
 from llmboost_api.batches.source import folder
+from llmboost_api.batches.store import BatchStore
 from llmboost_api.pod import Pod
 from tests.waiting import wait_until
 
@@ -75,7 +76,7 @@ async def make_batch(pod: Pod) -> BatchRecord:
         deadline=now() + 3600,
         output_life=3600,
     )
-    await pod.batches.create(record, None)
+    await BatchStore(pod.redis, pod.settings.response_ttl).create(record, None)
     return record
 
 
@@ -89,7 +90,7 @@ async def execute(pod: Pod, name: str) -> None:
 
 async def check(pod: Pod, record: BatchRecord) -> None:
     """The batch has ended, with one row for each line, and nothing is left but its record and its files."""
-    batch = await pod.batches.get(record.id)
+    batch = await BatchStore(pod.redis, pod.settings.response_ttl).get(record.id)
     assert batch is not None
     assert batch.progress.status == "completed"
     assert (batch.progress.total, batch.progress.completed, batch.progress.failed) == (LINES, LINES - 1, 1)
@@ -234,6 +235,6 @@ async def test_what_follows_from_the_end(
         assert await redis.get(keys.arq_job("ended")) == b"definition"
         await redis.delete("some:queue")
         await hold.forget()
-        batch = await pod.batches.get(record.id)
+        batch = await BatchStore(pod.redis, pod.settings.response_ttl).get(record.id)
         assert batch is not None
         assert batch.progress.status == "failed"

@@ -10,6 +10,7 @@ from llmboost.jobs import GenerationJob, new_id, now
 from llmboost_api.batches import holding
 from llmboost_api.batches.execution import Execution
 from llmboost_api.batches.record import ID_PREFIX, BatchRecord
+from llmboost_api.batches.store import BatchStore
 from llmboost_api.pod import Pod
 
 from .api_pod import CHAT, ScriptedWorker, Step, chat, settings_for, story
@@ -38,7 +39,7 @@ async def peak_of(pod: Pod, lines: int) -> int:
         deadline=now() + 3600,
         output_life=3600,
     )
-    await pod.batches.create(record, None)
+    await BatchStore(pod.redis, pod.settings.response_ttl).create(record, None)
     (hold,) = await holding.claim(pod.redis, "runner", 1)
     tracemalloc.start()
     try:
@@ -46,7 +47,7 @@ async def peak_of(pod: Pod, lines: int) -> int:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    batch = await pod.batches.get(record.id)
+    batch = await BatchStore(pod.redis, pod.settings.response_ttl).get(record.id)
     assert batch is not None
     assert (batch.progress.status, batch.progress.completed) == ("completed", lines)
     return peak

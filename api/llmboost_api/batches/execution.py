@@ -124,7 +124,7 @@ class Execution:
         finish = partial(
             self._holding.finish,
             status,
-            self._pod.batches.ttl,
+            self._pod.settings.response_ttl,
             output=output,
             error=error,
             problems=problems,

@@ -6,9 +6,12 @@ import random
 from contextlib import suppress
 from types import TracebackType
 
+from fastapi import Request
+
 from llmboost.streams import persist
 from llmboost_api.batches.execution import Execution
 from llmboost_api.batches.holding import claim
+from llmboost_api.batches.store import BatchStore
 from llmboost_api.pod import Pod
 
 logger = logging.getLogger(__name__)
@@ -24,6 +27,7 @@ class BatchRunner:
     Redis is away."""
 
     def __init__(self, pod: Pod) -> None:
+        self.store = BatchStore(pod.redis, pod.settings.response_ttl)
         self._pod = pod
         self._running: set[asyncio.Task[None]] = set()
         self._wake = asyncio.Event()
@@ -79,3 +83,9 @@ class BatchRunner:
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("a batch's task failed", exc_info=error)
         self._wake.set()  # There is room for another.
+
+
+def runner_of(request: Request) -> BatchRunner:
+    """The runner of the pod that serves this request."""
+    runner: BatchRunner = request.app.state.batch_runner
+    return runner

@@ -9,6 +9,7 @@ from llmboost import keys
 from llmboost.entries import Once
 from llmboost.jobs import made_at
 from llmboost.lua import NOW, Script
+from llmboost.queue import SubmittedBefore
 from llmboost_api.batches.record import Batch, BatchRecord, hash_of
 from llmboost_api.protocol.batches import LONGEST_S
 
@@ -52,14 +53,6 @@ return status
 )
 
 
-class CreatedBefore(Exception):
-    """A batch was made under this name already; `value` says which."""
-
-    def __init__(self, value: bytes) -> None:
-        super().__init__("a batch was made under this name already")
-        self.value = value
-
-
 class BatchStore:
     """Batches of all owners, on one Redis server. Every call may be sent again if its outcome is unknown."""
 
@@ -72,7 +65,7 @@ class BatchStore:
         """Makes a batch, for a runner to take.
 
         Raises:
-            CreatedBefore: by the name `once`.
+            SubmittedBefore: by the name `once`.
         """
         lasts = record.deadline - record.created + self.ttl + SLACK_S
         oldest = record.created - LONGEST_S - self.ttl - SLACK_S
@@ -87,7 +80,7 @@ class BatchStore:
             [record.id, record.encode(), int(lasts * 1000), int(oldest * 1e6), once.value if once else b""],
         )
         if taken is not None:
-            raise CreatedBefore(taken)
+            raise SubmittedBefore(taken)
 
     async def created_before(self, once: Once) -> bytes | None:
         """What the name stands for, if a batch was made under it."""
