@@ -184,9 +184,13 @@ class Execution:
     # Endings that are none
 
     async def _hand_over(self) -> None:
-        """Told to go: commits what there is and lets another runner go on at once."""
+        """Told to go: commits what there is and lets another runner go on at once, if there is more to do."""
         try:
             async with asyncio.timeout(HAND_OVER_S):
+                batch = await persist(self._holding.get)
+                if batch is None or batch.progress.status in ENDED:
+                    await self._clean_up()
+                    return
                 if self._work is not None:
                     await self._work.save()
                 await persist(self._holding.release)
