@@ -32,6 +32,7 @@ from llmboost.settings import ApiSettings
 from llmboost.streams import TokenStreams, Writer, append_to
 from llmboost_api.batches.record import ENDED, ID_PREFIX, BatchRecord
 from llmboost_api.batches.runner import BatchRunner
+from llmboost_api.batches.store import BatchStore
 from llmboost_api.pod import Pod
 
 MODEL, WORKER = "bench", "worker-1"
@@ -121,11 +122,11 @@ async def run_batch(settings: ApiSettings, lines: int) -> dict[str, float]:
         )
         lateness = Lateness()
         timer = asyncio.create_task(lateness.measure())
-        await pod.batches.create(record, None)
+        await BatchStore(pod.redis, pod.settings.response_ttl).create(record, None)
         runner.wake()
         validated = 0.0
         while True:
-            batch = await pod.batches.get(record.id)
+            batch = await BatchStore(pod.redis, pod.settings.response_ttl).get(record.id)
             assert batch is not None
             peak = max(peak, process.memory_info().rss)
             if batch.progress.total and not validated:
