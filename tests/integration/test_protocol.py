@@ -18,6 +18,9 @@ from tests.integration.protocol.rules import Broken
 from tests.integration.protocol.search import explore, walk
 from tests.integration.protocol.server import Server
 
+pytestmark = pytest.mark.timeout(600)
+"""Seconds on a machine of its own; a busy one may take its time, and a signal in an actor is lost in it."""
+
 
 @pytest.fixture(autouse=True)
 def _silent() -> Iterator[None]:
