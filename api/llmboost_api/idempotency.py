@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import Header
+from fastapi import Depends, Header
 
 from llmboost import keys
 from llmboost.entries import Once
@@ -77,6 +77,10 @@ async def idempotency_key(
             param=HEADER,
         )
     return key
+
+
+IdempotencyKey = Annotated[str | None, Depends(idempotency_key)]
+"""Of a route: the name that the request was given, if any."""
 
 
 def name_of(key: str | None, path: str, data: dict[str, Any], owner: str) -> RequestName | None:

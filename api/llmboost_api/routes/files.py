@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request, Response
 from fastapi.responses import StreamingResponse
 
 from llmboost_api import openapi
-from llmboost_api.auth import owner
+from llmboost_api.auth import Asker
 from llmboost_api.errors import NO_RETRY, ApiError
 from llmboost_api.files.listing import Listing, listing
 from llmboost_api.files.record import FileRecord
@@ -21,8 +21,6 @@ from llmboost_api.protocol.files import FORM
 from llmboost_api.resume import shown
 
 router = APIRouter(prefix="/v1", tags=["files"])
-
-Asker = Annotated[str, Depends(owner)]
 
 
 @router.post("/files", openapi_extra=openapi.form_of(FORM), responses=openapi.OBJECT)
