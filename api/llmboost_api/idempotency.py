@@ -13,8 +13,7 @@ from fastapi import Depends, Header
 
 from llmboost import keys
 from llmboost.entries import Once
-from llmboost_api.errors import NO_RETRY, ApiError
-from llmboost_api.resume import shown
+from llmboost_api.errors import NO_RETRY, ApiError, quoted
 
 HEADER = "Idempotency-Key"
 LONGEST = 255
@@ -44,7 +43,7 @@ class RequestName:
         if digest != self.digest:
             raise ApiError(
                 409,
-                f"The {HEADER} {shown(self.given)} was used for another request. "
+                f"The {HEADER} {quoted(self.given)} was used for another request. "
                 "Give each request a key of its own; send the same body to get the same answer.",
                 code="idempotency_key_reused",
                 param=HEADER,

@@ -8,7 +8,7 @@ from fastapi import Header, Query, Request
 from pydantic import WithJsonSchema
 
 from llmboost.streams import Cursor
-from llmboost_api.errors import ApiError
+from llmboost_api.errors import ApiError, quoted
 
 HEADER = "Last-Event-ID"
 QUERY = "starting_after"
@@ -79,7 +79,7 @@ def refuse_unknown(request: Request, known: Set[str]) -> None:
     for name in sorted(request.query_params.keys() - known):
         raise ApiError(
             400,
-            f"{shown(name)} is not a parameter that this server knows. Remove it from the URL.",
+            f"{quoted(name)} is not a parameter that this server knows. Remove it from the URL.",
             code="unknown_parameter",
             param=name[:60],
         )
@@ -111,7 +111,7 @@ def boolean(param: str, given: str) -> bool:
     """
     value = _BOOLEANS.get(given.lower())
     if value is None:
-        message = f"'{param}' is {shown(given)}, but it must be true or false."
+        message = f"'{param}' is {quoted(given)}, but it must be true or false."
         raise ApiError(400, message, code="invalid_value", param=param)
     return value
 
@@ -130,9 +130,4 @@ def _resume_point(last_event_id: str | None, starting_after: str | None) -> Resu
 
 
 def _refused(param: str, frame_id: str, why: str) -> ApiError:
-    return ApiError(400, f"'{param}' is {shown(frame_id)}: {why}", code="invalid_cursor", param=param)
-
-
-def shown(text: str) -> str:
-    """Enough of it to recognise."""
-    return repr(text if len(text) <= 60 else text[:60] + "…")
+    return ApiError(400, f"'{param}' is {quoted(frame_id)}: {why}", code="invalid_cursor", param=param)

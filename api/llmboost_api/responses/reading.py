@@ -7,9 +7,9 @@ from typing import Annotated, get_args
 from fastapi import Header, Query, Request
 from pydantic import WithJsonSchema
 
-from llmboost_api.errors import ApiError
+from llmboost_api.errors import ApiError, quoted
 from llmboost_api.protocol.responses.request import Includable
-from llmboost_api.resume import HEADER, QUERY, boolean, refuse_unknown, shown
+from llmboost_api.resume import HEADER, QUERY, boolean, refuse_unknown
 
 INCLUDE = {"include", "include[]"}
 """Official clients write lists with brackets."""
@@ -89,7 +89,7 @@ def check_include(request: Request) -> None:
             if given not in get_args(Includable):
                 raise ApiError(
                     400,
-                    f"'include' has {shown(given)}; known are {', '.join(get_args(Includable))}.",
+                    f"'include' has {quoted(given)}; known are {', '.join(get_args(Includable))}.",
                     code="invalid_value",
                     param="include",
                 )
@@ -108,4 +108,4 @@ def _place(last_event_id: str | None, starting_after: str | None) -> Place | Non
 
 
 def _refused(param: str, number: str, why: str) -> ApiError:
-    return ApiError(400, f"'{param}' is {shown(number)}: {why}", code="invalid_cursor", param=param)
+    return ApiError(400, f"'{param}' is {quoted(number)}: {why}", code="invalid_cursor", param=param)

@@ -10,7 +10,7 @@ from fastapi.responses import StreamingResponse
 
 from llmboost_api import openapi
 from llmboost_api.auth import Asker
-from llmboost_api.errors import NO_RETRY, ApiError
+from llmboost_api.errors import NO_RETRY, ApiError, quoted
 from llmboost_api.files.listing import Listing, listing
 from llmboost_api.files.record import FileRecord
 from llmboost_api.files.storage import NoSuchObject
@@ -18,7 +18,6 @@ from llmboost_api.files.upload import receive
 from llmboost_api.paging import page_object
 from llmboost_api.pod import Pod, pod_of
 from llmboost_api.protocol.files import FORM
-from llmboost_api.resume import shown
 
 router = APIRouter(prefix="/v1", tags=["files"])
 
@@ -97,7 +96,7 @@ def unknown_file(file_id: str, param: str = "file_id") -> ApiError:
     """Also if it is another key's: whether there is one is nobody else's business."""
     return ApiError(
         404,
-        f"There is no file {shown(file_id)} here. Check the id: the file may have expired or been deleted, "
+        f"There is no file {quoted(file_id)} here. Check the id: the file may have expired or been deleted, "
         "and only the API key that made it can see it.",
         code="file_not_found",
         param=param,
