@@ -2,7 +2,7 @@
 
 from functools import partial
 
-from llmboost.entries import StreamError, Terminal
+from llmboost.entries import CANCELLED_TYPE, StreamError, Terminal
 from llmboost.streams import SealOutcome
 from llmboost_api.directory import answered
 from llmboost_api.jobs import job_ids
@@ -10,7 +10,7 @@ from llmboost_api.pod import Pod
 from llmboost_api.protocol.form import Endpoint
 from llmboost_api.retrieval import find
 
-CANCELLED = StreamError("The request was cancelled by its id.", "request_cancelled", "cancelled", status=499)
+CANCELLED = StreamError("The request was cancelled by its id.", CANCELLED_TYPE, "cancelled", status=499)
 """In which a cancelled stream ends."""
 
 
