@@ -15,7 +15,6 @@ from redis.exceptions import RedisError
 from llmboost.jobs import made_at, new_id, now
 from llmboost_api.directory import answered
 from llmboost_api.files.catalogue import RESERVED_S, Catalogue
-from llmboost_api.files.lines import MAX_LINE_BYTES, Line
 from llmboost_api.files.record import ID_PREFIX, FileRecord
 from llmboost_api.files.storage import FileStorage, StorageError
 
@@ -86,15 +85,9 @@ class Files:
             return None
         return await answered(partial(self.catalogue.get, owner, file_id))
 
-    def read(self, record: FileRecord, offset: int = 0) -> AsyncGenerator[bytes, None]:
+    def read(self, record: FileRecord) -> AsyncGenerator[bytes, None]:
         """The file's bytes."""
-        return self.storage.read(record.id, offset)
-
-    def lines(
-        self, record: FileRecord, *, offset: int = 0, number: int = 1, max_bytes: int = MAX_LINE_BYTES
-    ) -> AsyncGenerator[Line, None]:
-        """The file's lines, from `offset` on: see `FileStorage.lines`."""
-        return self.storage.lines(record.id, offset=offset, number=number, max_bytes=max_bytes)
+        return self.storage.read(record.id)
 
     async def page(
         self, owner: str, *, after: str | None, limit: int, newest_first: bool, purpose: str | None
