@@ -9,7 +9,7 @@ from pydantic import WithJsonSchema
 
 from llmboost_api.errors import ApiError, quoted
 from llmboost_api.protocol.responses.request import Includable
-from llmboost_api.resume import HEADER, QUERY, boolean, refuse_unknown
+from llmboost_api.resume import HEADER, QUERY, boolean, last_had, refuse_unknown, refused
 
 INCLUDE = {"include", "include[]"}
 """Official clients write lists with brackets."""
@@ -27,7 +27,7 @@ class Place:
 
     def refused(self, why: str) -> ApiError:
         """A 400 that names the parameter and its value."""
-        return _refused(self.param, str(self.number), why)
+        return refused(self.param, str(self.number), why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,16 +96,9 @@ def check_include(request: Request) -> None:
 
 
 def _place(last_event_id: str | None, starting_after: str | None) -> Place | None:
-    """The header wins: an EventSource sends it when it connects again, to the URL that it was made with."""
-    for param, number in ((HEADER, last_event_id), (QUERY, starting_after)):
-        if number:
-            if not _NUMBER.fullmatch(number):
-                raise _refused(
-                    param, number, "it must be the sequence_number of an event, a whole number such as 7."
-                )
-            return Place(int(number), param)
-    return None
-
-
-def _refused(param: str, number: str, why: str) -> ApiError:
-    return ApiError(400, f"'{param}' is {quoted(number)}: {why}", code="invalid_cursor", param=param)
+    param, number = last_had(last_event_id, starting_after)
+    if not number:
+        return None
+    if not _NUMBER.fullmatch(number):
+        raise refused(param, number, "it must be the sequence_number of an event, a whole number such as 7.")
+    return Place(int(number), param)
