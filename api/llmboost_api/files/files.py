@@ -12,7 +12,7 @@ from types import TracebackType
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from llmboost.jobs import made_at, new_id, now
+from llmboost.jobs import is_id, new_id, now
 from llmboost_api.directory import answered
 from llmboost_api.files.catalogue import RESERVED_S, Catalogue
 from llmboost_api.files.record import ID_PREFIX, FileRecord
@@ -213,4 +213,4 @@ class Draft:
 
 def is_file_id(text: str) -> bool:
     """Whether it was made here as the id of a file."""
-    return text.startswith(f"{ID_PREFIX}-") and made_at(text) is not None
+    return is_id(text, ID_PREFIX)

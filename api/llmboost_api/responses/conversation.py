@@ -6,7 +6,7 @@ or was deleted. What it keeps is bounded by the context that it had to fit into.
 
 from functools import partial
 
-from llmboost.jobs import made_at
+from llmboost.jobs import is_id
 from llmboost.streams import BEGINNING
 from llmboost_api.directory import answered
 from llmboost_api.errors import ApiError, quoted
@@ -30,7 +30,7 @@ async def history_of(pod: Pod, previous_id: str | None, asker: str) -> list[Mess
     """
     if previous_id is None:
         return []
-    if not RESPONSES.made(previous_id) or made_at(previous_id) is None:
+    if not is_id(previous_id, RESPONSES.prefix):
         raise _not_found(previous_id, unstored=False)
     stored = await answered(partial(pod.stored.get, previous_id))
     if stored is None or stored.owner != asker:
