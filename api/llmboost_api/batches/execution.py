@@ -14,7 +14,7 @@ from llmboost.jobs import new_id, now
 from llmboost.streams import persist
 from llmboost_api.batches.holding import RENEW_EVERY_S, BatchLost, Holding, Part
 from llmboost_api.batches.record import ENDED, Batch, Problem, Status
-from llmboost_api.batches.source import folder, lines_of, stored
+from llmboost_api.batches.source import folder, insist, lines_of
 from llmboost_api.batches.validation import Validated, validate
 from llmboost_api.batches.work import Work
 from llmboost_api.errors import ApiError
@@ -145,7 +145,7 @@ class Execution:
         files = self._pod.files
         file_id = new_id(ID_PREFIX)
         await persist(partial(files.catalogue.reserve, batch.record.owner, file_id))
-        size = await stored(partial(files.storage.concat, [part.name for part in parts], file_id))
+        size = await insist(partial(files.storage.concat, [part.name for part in parts], file_id))
         created = int(now())
         return FileRecord(
             id=file_id,
@@ -158,7 +158,7 @@ class Execution:
         )
 
     async def _clean_up(self) -> None:
-        await stored(partial(self._pod.files.storage.delete_all, folder(self._holding.id)))
+        await insist(partial(self._pod.files.storage.delete_all, folder(self._holding.id)))
         await persist(self._holding.forget)
 
     # What validation asks
