@@ -17,6 +17,7 @@ from llmboost_api.directory import answered
 from llmboost_api.files.catalogue import RESERVED_S, Catalogue
 from llmboost_api.files.record import ID_PREFIX, FileRecord
 from llmboost_api.files.storage import FileStorage, StorageError
+from llmboost_api.tasks import discard
 
 logger = logging.getLogger(__name__)
 
@@ -43,9 +44,7 @@ class Files:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._sweeper is not None
-        self._sweeper.cancel()
-        await asyncio.wait([self._sweeper])
+        await discard(self._sweeper)
         await asyncio.to_thread(self.storage.close)
 
     # Making
