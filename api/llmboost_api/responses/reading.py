@@ -11,10 +11,10 @@ from llmboost_api.errors import ApiError, quoted
 from llmboost_api.protocol.responses.request import Includable
 from llmboost_api.resume import HEADER, QUERY, boolean, last_had, refuse_unknown, refused
 
-INCLUDE = {"include", "include[]"}
+_INCLUDE = {"include", "include[]"}
 """Official clients write lists with brackets."""
 _OBFUSCATION = "include_obfuscation"
-_PARAMETERS = {"stream", QUERY, _OBFUSCATION, *INCLUDE}
+_PARAMETERS = {"stream", QUERY, _OBFUSCATION, *_INCLUDE}
 _NUMBER = re.compile("-1|0|[1-9][0-9]{0,8}")
 
 
@@ -62,7 +62,7 @@ async def event_reading(
         ApiError: a parameter is unknown or wrong (400).
     """
     refuse_unknown(request, _PARAMETERS)
-    check_include(request)
+    _check_include(request)
     if include_obfuscation is not None and boolean(_OBFUSCATION, include_obfuscation):
         raise ApiError(
             400,
@@ -78,13 +78,13 @@ async def event_reading(
     return EventReading(streamed, after)
 
 
-def check_include(request: Request) -> None:
+def _check_include(request: Request) -> None:
     """What a response holds was settled when it was made, so this adds nothing.
 
     Raises:
         ApiError: it names what no response has (400).
     """
-    for name in INCLUDE:
+    for name in _INCLUDE:
         for given in request.query_params.getlist(name):
             if given not in get_args(Includable):
                 raise ApiError(
