@@ -52,7 +52,7 @@ async def cancel(request: Request, response_id: str, asker: Asker) -> dict[str, 
     """Ends the response at its next token, from any pod, and returns it; one that has ended as it is."""
     pod = pod_of(request)
     form = await find(pod, RESPONSES, response_id, asker)
-    await ending.cancel(pod, RESPONSES, response_id, asker)
+    await ending.end(pod, response_id, form)
     return await object_of(pod, response_id, form)
 
 
