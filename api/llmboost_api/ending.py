@@ -4,8 +4,8 @@ from functools import partial
 
 from llmboost.entries import CANCELLED_TYPE, StreamError, Terminal
 from llmboost.streams import SealOutcome
-from llmboost_api.directory import answered
 from llmboost_api.jobs import job_ids
+from llmboost_api.patience import answered
 from llmboost_api.pod import Pod
 from llmboost_api.protocol.form import Endpoint, Form
 from llmboost_api.retrieval import find

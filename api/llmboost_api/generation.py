@@ -18,10 +18,10 @@ from llmboost.settings import ApiSettings
 from llmboost.streams import StreamGap, StreamGone, persist
 from llmboost.tailer import Tailer, TailerClosed
 from llmboost_api import errors
-from llmboost_api.directory import no_redis
 from llmboost_api.errors import ApiError
 from llmboost_api.jobs import job_ids
 from llmboost_api.merge import Merge, Step
+from llmboost_api.patience import no_redis
 from llmboost_api.protocol.form import Form
 from llmboost_api.tasks import discard
 

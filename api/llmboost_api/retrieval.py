@@ -7,9 +7,9 @@ from fastapi import Request, Response
 from llmboost.jobs import made_at
 from llmboost.settings import ApiSettings
 from llmboost.streams import BEGINNING, SEAL_ID, Cursor
-from llmboost_api.directory import answered
 from llmboost_api.errors import ApiError, quoted
 from llmboost_api.middleware import rename_request
+from llmboost_api.patience import answered
 from llmboost_api.pod import Pod, pod_of
 from llmboost_api.protocol.form import ENDPOINTS, Endpoint, Form, decode_form
 from llmboost_api.reply import Reply

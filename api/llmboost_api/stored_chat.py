@@ -8,9 +8,9 @@ import msgspec
 from llmboost.entries import Queued, ReadEntry
 from llmboost.jobs import derived_id
 from llmboost_api.answer import Answer
-from llmboost_api.directory import answered
 from llmboost_api.errors import ApiError, quoted
 from llmboost_api.paging import Order
+from llmboost_api.patience import answered
 from llmboost_api.pod import Pod
 from llmboost_api.protocol.form import decode_form
 from llmboost_api.stored import StoredAnswer

@@ -6,9 +6,9 @@ from llmboost.jobs import new_id, now
 from llmboost.queue import SubmittedBefore
 from llmboost_api.batches.record import ID_PREFIX, Batch, BatchRecord, is_batch_id
 from llmboost_api.batches.store import BatchStore
-from llmboost_api.directory import answered
 from llmboost_api.errors import ApiError, quoted, unavailable
 from llmboost_api.idempotency import RequestName
+from llmboost_api.patience import answered
 from llmboost_api.pod import Pod
 from llmboost_api.protocol.batches import BatchRequest, window_seconds
 from llmboost_api.protocol.files import MONTH_S

@@ -13,10 +13,10 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from llmboost.jobs import is_id, new_id, now
-from llmboost_api.directory import answered
 from llmboost_api.files.catalogue import RESERVED_S, Catalogue
 from llmboost_api.files.record import ID_PREFIX, FileRecord
 from llmboost_api.files.storage import FileStorage, StorageError
+from llmboost_api.patience import answered
 from llmboost_api.tasks import discard
 
 logger = logging.getLogger(__name__)

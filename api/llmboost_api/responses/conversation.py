@@ -8,8 +8,8 @@ from functools import partial
 
 from llmboost.jobs import is_id
 from llmboost.streams import BEGINNING
-from llmboost_api.directory import answered
 from llmboost_api.errors import ApiError, quoted
+from llmboost_api.patience import answered
 from llmboost_api.pod import Pod
 from llmboost_api.protocol.form import RESPONSES
 from llmboost_api.protocol.responses.items import Message

@@ -5,9 +5,9 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from llmboost_api.directory import answered
 from llmboost_api.errors import ApiError
 from llmboost_api.middleware import rename_request
+from llmboost_api.patience import answered
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.form import RESPONSES
 from llmboost_api.protocol.responses.events import EventFramer

@@ -10,10 +10,10 @@ from llmboost_api.auth import Asker
 from llmboost_api.batches.creation import create, find
 from llmboost_api.batches.record import is_batch_id
 from llmboost_api.batches.runner import runner_of
-from llmboost_api.directory import answered
 from llmboost_api.errors import NO_RETRY, ApiError
 from llmboost_api.idempotency import IdempotencyKey, name_of
 from llmboost_api.paging import Paging, invalid_after, page_object, query_of
+from llmboost_api.patience import answered
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.batches import BatchRequest
 
