@@ -89,7 +89,9 @@ class Execution:
             found: Validated = await validate(lines, endpoint, max_bytes, self._refusal_of)
         except NoSuchObject:
             logger.warning("no input: batch=%s storage=%s", batch.id, self._pod.files.storage.url)
-            message = f"The input file {file_id} was deleted, or expired, before it was validated."
+            message = (
+                f"The input file {file_id} was deleted, or expired, before it was validated. Upload it again."
+            )
             return [Problem("input_file_not_found", message, param="input_file_id")]
         if self._cancelling.is_set():
             return []
@@ -120,7 +122,8 @@ class Execution:
             error = await self._file(batch, "error", [part for part in parts if part.failed])
         except NoSuchObject as missing:
             status, output, error = "failed", None, None
-            problems = [Problem("results_lost", f"The storage of files has lost results: {missing}.")]
+            message = f"The storage of files has lost results: {missing}. Make a new batch of the input."
+            problems = [Problem("results_lost", message)]
         finish = partial(
             self._holding.finish,
             status,

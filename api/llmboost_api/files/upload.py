@@ -120,7 +120,7 @@ class _Form:
         value = self._values[self._part]
         value += data
         if len(value) > MAX_FIELD_BYTES:
-            raise _refused(self._part, f"is longer than {MAX_FIELD_BYTES} bytes.")
+            raise _refused(self._part, f"is longer than {MAX_FIELD_BYTES} bytes: shorten it.")
 
     def _fields(self) -> dict[str, Any]:
         """The fields as JSON would have them."""

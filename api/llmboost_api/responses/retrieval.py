@@ -66,7 +66,8 @@ async def input_items(request: Request, response_id: str, asker: str) -> list[di
     if stored is None:
         raise ApiError(
             404,
-            f"The input of {response_id!r} is not kept, for it was made with 'store': false.",
+            f"The input of {response_id!r} is not kept, for it was made with 'store': false. "
+            "Leave that out to have the next one's kept.",
             code="response_not_stored",
             param="response_id",
         )
