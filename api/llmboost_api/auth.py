@@ -4,7 +4,7 @@ import hashlib
 import hmac
 from typing import Annotated
 
-from fastapi import Request, Security
+from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from llmboost_api.errors import ApiError
@@ -52,3 +52,7 @@ async def owner(
             headers=_CHALLENGE,
         )
     return given[:16]
+
+
+Asker = Annotated[str, Depends(owner)]
+"""Of a route: whose request it is."""

@@ -21,7 +21,7 @@ async def read(request: Request, model: type[M], limit: int) -> M:
     """The request's body as `model`.
 
     Raises:
-        ApiError: too large (413), not JSON, or not what the model takes (400).
+        ApiError: too large (413), encoded (415), not JSON, or not what the model takes (400).
         ClientDisconnect: the client left before it had sent everything.
     """
     return check(await receive(request, limit), model)
@@ -31,7 +31,7 @@ async def receive(request: Request, limit: int) -> dict[str, Any]:
     """The request's body as a JSON object. Its content type is not looked at: what parses is JSON.
 
     Raises:
-        ApiError: too large (413), or not JSON (400).
+        ApiError: too large (413), encoded (415), or not JSON (400).
         ClientDisconnect: the client left before it had sent everything.
     """
     return parse(await _read_bytes(request, limit))
@@ -49,12 +49,22 @@ def check(data: dict[str, Any], model: type[M]) -> M:
         raise first_error(invalid, model) from None
 
 
-async def _read_bytes(request: Request, limit: int) -> bytes:
+def declared_bytes(request: Request) -> int:
+    """How long the body is by its head; 0 if that does not say.
+
+    Raises:
+        ApiError: the body is compressed, or otherwise not as it is (415).
+    """
     encoding = request.headers.get("content-encoding", "identity")
     if encoding != "identity":
         raise ApiError(415, f"Content-Encoding {encoding!r} is not supported: send the body as it is.")
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
+    return int(declared) if declared.isdecimal() else 0
+
+
+async def _read_bytes(request: Request, limit: int) -> bytes:
+    declared = declared_bytes(request)
+    if declared > limit:
         raise _too_large(limit, f"has {declared}")
     body = bytearray()
     async for chunk in request.stream():

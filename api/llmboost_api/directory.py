@@ -1,23 +1,14 @@
 """Which models there are, as this pod knows it: the registry behind a short cache."""
 
-import asyncio
 import time
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
-
-from redis.exceptions import RedisError
 
 from llmboost.registry import ModelCard, Registry
-from llmboost.streams import is_passing, persist
-from llmboost_api.errors import ApiError, unavailable
+from llmboost_api.errors import ApiError
+from llmboost_api.patience import answered
 
 FRESH_S = 1.0
 """How long a card is believed: long enough that a busy pod asks once a second, not once a request."""
-PATIENCE_S = 3.0
-"""How long a request waits for Redis to come back before it gets 503."""
 NAMES_SHOWN = 10
-
-T = TypeVar("T")
 
 
 class ModelDirectory:
@@ -64,23 +55,3 @@ class ModelDirectory:
         return ApiError(
             404, f"The model {shown!r} does not exist. {remedy}", code="model_not_found", param="model"
         )
-
-
-async def answered(ask: Callable[[], Awaitable[T]]) -> T:
-    """What Redis answers, if it does so while a request may wait.
-
-    Raises:
-        ApiError: it can't be asked (503).
-    """
-    try:
-        async with asyncio.timeout(PATIENCE_S):
-            return await persist(ask)
-    except (TimeoutError, RedisError, OSError) as error:
-        raise no_redis(error) from error
-
-
-def no_redis(error: BaseException) -> ApiError:
-    """Redis could not be asked, and nothing was enqueued."""
-    if isinstance(error, RedisError) and not is_passing(error):
-        return unavailable("The queue refused the request. Try again, or tell the operator.")
-    return unavailable("The queue can't be reached at the moment. Try again in a few seconds.")

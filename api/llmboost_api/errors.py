@@ -54,6 +54,11 @@ class ApiError(Exception):
         return Response(self.body(), self.status, self.headers, media_type="application/json")
 
 
+def quoted(text: str) -> str:
+    """What a client sent, in a message: enough of it to recognise."""
+    return repr(text if len(text) <= 60 else text[:60] + "…")
+
+
 def from_stream(error: StreamError) -> ApiError:
     """An error that a token stream ended in."""
     return ApiError(

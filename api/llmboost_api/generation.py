@@ -11,22 +11,21 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from llmboost.entries import NO_FOLLOW_UP, FollowUp, Once, ReadEntry, StreamError, Terminal
+from llmboost.entries import NO_FOLLOW_UP, FollowUp, Once, StreamError, Terminal
 from llmboost.jobs import GenerationJob, now
 from llmboost.queue import DEADLINE_ERROR, JobQueue, QueueFull
 from llmboost.settings import ApiSettings
 from llmboost.streams import StreamGap, StreamGone, persist
-from llmboost.tailer import Subscription, Tailer, TailerClosed
+from llmboost.tailer import Tailer, TailerClosed
 from llmboost_api import errors
-from llmboost_api.directory import no_redis
 from llmboost_api.errors import ApiError
 from llmboost_api.jobs import job_ids
+from llmboost_api.merge import Merge, Step
+from llmboost_api.patience import no_redis
 from llmboost_api.protocol.form import Form
+from llmboost_api.tasks import discard
 
 logger = logging.getLogger(__name__)
-
-Step = tuple[int, list[ReadEntry]]
-"""(index of the job, entries of its stream that came together)."""
 
 SUBMIT_PATIENCE_S = 3.0
 """How long an unknown outcome is asked about again before the request gets 503."""
@@ -117,46 +116,6 @@ class Generation:
         self._verdict = verdict
         if self._waiting is not None and not self._waiting.expired():
             self._waiting.reschedule(0.0)
-
-
-class Merge:
-    """Several subscriptions as one; nothing is lost when a wait for the next step is cancelled."""
-
-    def __init__(self) -> None:
-        self._subscriptions: list[Subscription] = []
-        self._pending: dict[asyncio.Task[list[ReadEntry] | None], int] | None = None
-
-    def add(self, subscription: Subscription) -> None:
-        self._subscriptions.append(subscription)
-
-    async def next(self) -> Step:
-        """Raises `StopAsyncIteration` when all have ended."""
-        if len(self._subscriptions) == 1:  # nearly every request: no task per step
-            return 0, await anext(self._subscriptions[0])
-        if self._pending is None:
-            self._pending = {}
-            for index in range(len(self._subscriptions)):
-                self._wait_for(index)
-        while self._pending:
-            done, _ = await asyncio.wait(self._pending, return_when=asyncio.FIRST_COMPLETED)
-            task = done.pop()
-            index = self._pending.pop(task)
-            batch = task.result()
-            if batch is not None:
-                self._wait_for(index)
-                return index, batch
-        raise StopAsyncIteration
-
-    def _wait_for(self, index: int) -> None:
-        async def batch_or_none() -> list[ReadEntry] | None:
-            return await anext(self._subscriptions[index], None)
-
-        assert self._pending is not None
-        self._pending[asyncio.create_task(batch_or_none())] = index
-
-    async def aclose(self) -> None:
-        for task in self._pending or ():
-            await discard(task)
 
 
 class Generations:
@@ -288,13 +247,3 @@ def _shutdown_error(generation: Generation, grace: float) -> ApiError:
 
 def _loop_time(unix_time: float) -> float:
     return asyncio.get_running_loop().time() + unix_time - now()
-
-
-async def discard(task: "asyncio.Task[Any] | None") -> None:
-    """Cancels a task whose outcome nobody wants, and waits until it has ended."""
-    if task is None:
-        return
-    task.cancel()
-    await asyncio.wait([task])
-    if not task.cancelled():
-        task.exception()

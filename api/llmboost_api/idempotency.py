@@ -9,12 +9,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 import msgspec
-from fastapi import Header
+from fastapi import Depends, Header
 
 from llmboost import keys
 from llmboost.entries import Once
-from llmboost_api.errors import NO_RETRY, ApiError
-from llmboost_api.resume import shown
+from llmboost_api.errors import NO_RETRY, ApiError, quoted
 
 HEADER = "Idempotency-Key"
 LONGEST = 255
@@ -44,7 +43,7 @@ class RequestName:
         if digest != self.digest:
             raise ApiError(
                 409,
-                f"The {HEADER} {shown(self.given)} was used for another request. "
+                f"The {HEADER} {quoted(self.given)} was used for another request. "
                 "Give each request a key of its own; send the same body to get the same answer.",
                 code="idempotency_key_reused",
                 param=HEADER,
@@ -77,6 +76,10 @@ async def idempotency_key(
             param=HEADER,
         )
     return key
+
+
+IdempotencyKey = Annotated[str | None, Depends(idempotency_key)]
+"""Of a route: the name that the request was given, if any."""
 
 
 def name_of(key: str | None, path: str, data: dict[str, Any], owner: str) -> RequestName | None:

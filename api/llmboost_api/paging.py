@@ -7,10 +7,9 @@ from typing import Any, Literal, TypeVar
 from fastapi import Request
 from pydantic import Field, ValidationError
 
-from llmboost_api.errors import ApiError
+from llmboost_api.errors import ApiError, quoted
 from llmboost_api.protocol.request import RequestModel
 from llmboost_api.protocol.translate import first_error
-from llmboost_api.resume import shown
 
 Order = Literal["asc", "desc"]
 _NESTED = re.compile(r"(\w+)\[(\w*)\]")
@@ -56,7 +55,7 @@ def query_of(request: Request, model: type[P]) -> P:
 def invalid_after(after: str, wanted: str) -> ApiError:
     """The page is to begin behind something that is not `wanted`."""
     return ApiError(
-        400, f"'after' is {shown(after)}, but it must be {wanted}.", code="invalid_value", param="after"
+        400, f"'after' is {quoted(after)}, but it must be {wanted}.", code="invalid_value", param="after"
     )
 
 

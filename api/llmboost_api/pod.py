@@ -19,8 +19,9 @@ from llmboost.tailer import Tailer
 from llmboost_api.directory import ModelDirectory
 from llmboost_api.files.files import Files
 from llmboost_api.files.storage import FileStorage
-from llmboost_api.generation import Generations, discard
+from llmboost_api.generation import Generations
 from llmboost_api.stored import StoredAnswers
+from llmboost_api.tasks import discard
 from llmboost_api.webhooks.delivery import Webhooks
 
 

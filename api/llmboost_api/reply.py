@@ -13,8 +13,9 @@ from llmboost.settings import ApiSettings
 from llmboost_api import errors
 from llmboost_api.answer import Answer
 from llmboost_api.errors import ApiError
-from llmboost_api.generation import Generation, discard
+from llmboost_api.generation import Generation
 from llmboost_api.sse import RETRY, Frames, event_source
+from llmboost_api.tasks import discard
 
 logger = logging.getLogger(__name__)
 

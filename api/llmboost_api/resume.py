@@ -8,7 +8,7 @@ from fastapi import Header, Query, Request
 from pydantic import WithJsonSchema
 
 from llmboost.streams import Cursor
-from llmboost_api.errors import ApiError
+from llmboost_api.errors import ApiError, quoted
 
 HEADER = "Last-Event-ID"
 QUERY = "starting_after"
@@ -26,7 +26,7 @@ class ResumePoint:
 
     def refused(self, why: str) -> ApiError:
         """A 400 that names the parameter and its value."""
-        return _refused(self.param, self.frame_id, why)
+        return refused(self.param, self.frame_id, why)
 
     def not_found(self) -> ApiError:
         """There is no such frame."""
@@ -79,7 +79,7 @@ def refuse_unknown(request: Request, known: Set[str]) -> None:
     for name in sorted(request.query_params.keys() - known):
         raise ApiError(
             400,
-            f"{shown(name)} is not a parameter that this server knows. Remove it from the URL.",
+            f"{quoted(name)} is not a parameter that this server knows. Remove it from the URL.",
             code="unknown_parameter",
             param=name[:60],
         )
@@ -95,7 +95,7 @@ async def beginning(
         ApiError: the client believes that it goes on with one, and would take the new one for the rest (400).
     """
     if last_event_id:
-        raise _refused(
+        raise refused(
             HEADER,
             last_event_id,
             f"a POST begins a new answer. To go on with the one that broke off, GET {request.url.path}/{{id}}"
@@ -111,28 +111,29 @@ def boolean(param: str, given: str) -> bool:
     """
     value = _BOOLEANS.get(given.lower())
     if value is None:
-        message = f"'{param}' is {shown(given)}, but it must be true or false."
+        message = f"'{param}' is {quoted(given)}, but it must be true or false."
         raise ApiError(400, message, code="invalid_value", param=param)
     return value
 
 
 def _resume_point(last_event_id: str | None, starting_after: str | None) -> ResumePoint | None:
-    """The header wins: an EventSource sends it when it connects again, to the URL that it was made with."""
-    for param, frame_id in ((HEADER, last_event_id), (QUERY, starting_after)):
-        if frame_id:
-            cursor = Cursor.parse(frame_id)
-            if cursor is None:
-                raise _refused(
-                    param, frame_id, "ids of frames look like 1-7 or 1-7.2. Give one as it was received."
-                )
-            return ResumePoint(frame_id, cursor, param)
-    return None
+    param, frame_id = last_had(last_event_id, starting_after)
+    if not frame_id:
+        return None
+    cursor = Cursor.parse(frame_id)
+    if cursor is None:
+        raise refused(param, frame_id, "ids of frames look like 1-7 or 1-7.2. Give one as it was received.")
+    return ResumePoint(frame_id, cursor, param)
 
 
-def _refused(param: str, frame_id: str, why: str) -> ApiError:
-    return ApiError(400, f"'{param}' is {shown(frame_id)}: {why}", code="invalid_cursor", param=param)
+def last_had(last_event_id: str | None, starting_after: str | None) -> tuple[str, str]:
+    """(parameter, value) that says what a client has had last; the value is empty if it says nothing.
+
+    The header wins: an EventSource sends it when it connects again, to the URL that it was made with.
+    """
+    return (HEADER, last_event_id) if last_event_id else (QUERY, starting_after or "")
 
 
-def shown(text: str) -> str:
-    """Enough of it to recognise."""
-    return repr(text if len(text) <= 60 else text[:60] + "…")
+def refused(param: str, value: str, why: str) -> ApiError:
+    """A stream can't go on from there: a 400 that names the parameter and its value."""
+    return ApiError(400, f"'{param}' is {quoted(value)}: {why}", code="invalid_cursor", param=param)

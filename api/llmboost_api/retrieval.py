@@ -7,13 +7,13 @@ from fastapi import Request, Response
 from llmboost.jobs import made_at
 from llmboost.settings import ApiSettings
 from llmboost.streams import BEGINNING, SEAL_ID, Cursor
-from llmboost_api.directory import answered
-from llmboost_api.errors import ApiError
+from llmboost_api.errors import ApiError, quoted
 from llmboost_api.middleware import rename_request
+from llmboost_api.patience import answered
 from llmboost_api.pod import Pod, pod_of
 from llmboost_api.protocol.form import ENDPOINTS, Endpoint, Form, decode_form
 from llmboost_api.reply import Reply
-from llmboost_api.resume import Reading, ResumePoint, shown
+from llmboost_api.resume import Reading, ResumePoint
 from llmboost_api.sse import Framer
 
 
@@ -79,7 +79,7 @@ def _unknown(completion_id: str, endpoint: Endpoint) -> ApiError:
             remedy = f"Ids that begin with '{other.stem}' are read at GET {other.path}/{{id}}."
     return ApiError(
         404,
-        f"There is no {endpoint.noun} {shown(completion_id)} here. {remedy}",
+        f"There is no {endpoint.noun} {quoted(completion_id)} here. {remedy}",
         code=f"{endpoint.noun}_not_found",
         param=f"{endpoint.noun}_id",
     )

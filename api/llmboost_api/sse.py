@@ -16,7 +16,7 @@ from llmboost.streams import frame_ids, position
 from llmboost_api import errors
 from llmboost_api.answer import add_usage
 from llmboost_api.errors import ApiError
-from llmboost_api.generation import Step
+from llmboost_api.merge import Step
 from llmboost_api.protocol.form import Form
 from llmboost_api.resume import ResumePoint
 

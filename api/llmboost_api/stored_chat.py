@@ -8,12 +8,11 @@ import msgspec
 from llmboost.entries import Queued, ReadEntry
 from llmboost.jobs import derived_id
 from llmboost_api.answer import Answer
-from llmboost_api.directory import answered
-from llmboost_api.errors import ApiError
+from llmboost_api.errors import ApiError, quoted
 from llmboost_api.paging import Order
+from llmboost_api.patience import answered
 from llmboost_api.pod import Pod
 from llmboost_api.protocol.form import decode_form
-from llmboost_api.resume import shown
 from llmboost_api.stored import StoredAnswer
 
 CHUNK = 100
@@ -66,7 +65,7 @@ async def update(pod: Pod, completion_id: str, asker: str, metadata: dict[str, s
     if completion is None:
         raise ApiError(
             409,
-            f"The completion {shown(completion_id)} is not complete: only a complete one can be changed.",
+            f"The completion {quoted(completion_id)} is not complete: only a complete one can be changed.",
             code="completion_not_complete",
             param="completion_id",
         )
@@ -113,7 +112,7 @@ def _completion(completion_id: str, log: list[ReadEntry], record: StoredAnswer) 
 def _not_stored(completion_id: str) -> ApiError:
     return ApiError(
         404,
-        f"There is no stored completion {shown(completion_id)} here. Only those made with 'store': true are "
+        f"There is no stored completion {quoted(completion_id)} here. Only those made with 'store': true are "
         "stored, and only the API key that made one can read it.",
         code="completion_not_found",
         param="completion_id",

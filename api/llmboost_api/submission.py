@@ -8,10 +8,10 @@ from llmboost.jobs import GenerationJob, JobClass, Prompt, made_at, now
 from llmboost.queue import SubmittedBefore
 from llmboost.registry import ModelCard
 from llmboost.streams import BEGINNING
-from llmboost_api.directory import answered
 from llmboost_api.errors import unavailable
 from llmboost_api.idempotency import RequestName
 from llmboost_api.jobs import make_jobs
+from llmboost_api.patience import answered
 from llmboost_api.pod import Pod
 from llmboost_api.protocol import tier
 from llmboost_api.protocol.form import Endpoint, Form, decode_form

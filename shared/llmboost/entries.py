@@ -10,6 +10,9 @@ FIELD = b"e"
 SEALED_AT = b"at"
 """Beside the terminal entry: the time (ms) at which it was written."""
 
+CANCELLED_TYPE = "request_cancelled"
+"""Type of the errors in which a stream ends because somebody wanted it to: by its id, or by leaving."""
+
 
 class StreamError(msgspec.Struct, frozen=True, array_like=True):
     """Why a request failed, in the terms of OpenAI's error object."""

@@ -118,8 +118,18 @@ def _digest(size: int, *parts: int | str) -> str:
 
 
 def _id(prefix: str, made: float, digits: str) -> str:
-    stem = f"{prefix if prefix.endswith('_') else prefix + '-'}{int(made):08x}{digits}"
-    return stem + _checksum(stem)
+    unchecked = f"{stem(prefix)}{int(made):08x}{digits}"
+    return unchecked + _checksum(unchecked)
+
+
+def stem(prefix: str) -> str:
+    """What ids with this prefix begin with."""
+    return prefix if prefix.endswith("_") else f"{prefix}-"
+
+
+def is_id(text: str, prefix: str) -> bool:
+    """Whether it was made here, with this prefix."""
+    return text.startswith(stem(prefix)) and made_at(text) is not None
 
 
 def made_at(new: str) -> float | None:

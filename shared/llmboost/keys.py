@@ -20,7 +20,6 @@ MODELS = "llmboost:models"
 WORKERS = "llmboost:workers"
 """Sorted set: id of a worker, by the time (ms) at which its last heartbeat lapses."""
 
-
 WEBHOOKS = "llmboost:webhooks"
 """Sorted set, arq's: ids of the jobs that announce an end and deliver webhooks, by when they are due (ms)."""
 

@@ -19,7 +19,6 @@ local now = time[1] * 1000 + math.floor(time[2] / 1000)
 """
 """Lua prelude: `now`, the server's time in ms."""
 
-
 ENQUEUE_ARQ = """
 local function enqueue_arq(key, queue, id, definition)
   redis.call('SET', key, definition, 'PX', 86400000)

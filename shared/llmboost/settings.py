@@ -149,13 +149,13 @@ class ApiSettings(CommonSettings):
         3600.0, description="Seconds after which a request that is not answered ends in an error."
     )
     response_ttl: PositiveFloat = Field(
-        30 * 86400.0, description="Seconds for which stored answers are kept after their end."
+        30 * 86400.0, description="Seconds for which stored answers and batches are kept after their end."
     )
     max_queued: NonNegativeInt = Field(
         2048, description="Waiting requests per model beyond which new ones get 429; 0: no limit."
     )
     max_request_bytes: PositiveInt = Field(
-        8 * 1024 * 1024, description="Largest request body; beyond it 413."
+        8 * 1024 * 1024, description="Largest request body, beyond it 413; and longest line of a batch."
     )
     files_url: str | None = Field(
         None,
@@ -196,7 +196,8 @@ class ApiSettings(CommonSettings):
         30.0, description="Seconds that running responses get to finish when the pod is told to go."
     )
     webhook_url: WebhookUrls = Field(
-        (), description="URLs that are told of the end of background responses and batches."
+        (),
+        description="URLs that are told of the end of background responses and batches; separated by commas.",
     )
     webhook_secret: WebhookSecrets = Field(
         (),

@@ -5,7 +5,6 @@ import json
 import time
 import uuid
 from collections.abc import Iterator
-from itertools import cycle
 from typing import Any
 
 import openai
@@ -15,6 +14,7 @@ from openai import OpenAI
 from tests.commands import wait_until
 from tests.e2e import system as systems
 from tests.e2e.system import MODEL, System
+from tests.turns import Turns
 
 STORY: dict[str, Any] = {
     "model": MODEL,
@@ -25,17 +25,6 @@ STORY: dict[str, Any] = {
 ENDLESS = {"max_tokens": 1500, "extra_body": {"ignore_eos": True}}
 
 
-class Turns:
-    """Clients of the pods, one after the other."""
-
-    def __init__(self, clients: list[OpenAI]) -> None:
-        self._clients = cycle(clients)
-
-    @property
-    def next(self) -> OpenAI:
-        return next(self._clients)
-
-
 @pytest.fixture(scope="module")
 def two_pods() -> Iterator[System]:
     with systems.scaled(2, 1) as running:
@@ -43,11 +32,11 @@ def two_pods() -> Iterator[System]:
 
 
 @pytest.fixture
-def turns(two_pods: System) -> Turns:
-    return Turns([two_pods.openai(pod) for pod in range(2)])
+def turns(two_pods: System) -> Turns[OpenAI]:
+    return Turns(*(two_pods.openai(pod) for pod in range(2)))
 
 
-def test_chat_completions(turns: Turns) -> None:
+def test_chat_completions(turns: Turns[OpenAI]) -> None:
     made = turns.next.chat.completions.create(**STORY, store=True, metadata={"kind": "story"})
     assert turns.next.chat.completions.retrieve(made.id).choices == made.choices
     assert [each.id for each in turns.next.chat.completions.list(metadata={"kind": "story"})] == [made.id]
@@ -60,7 +49,7 @@ def test_chat_completions(turns: Turns) -> None:
         turns.next.chat.completions.retrieve(made.id)
 
 
-def test_cancelling_a_chat_completion(two_pods: System, turns: Turns) -> None:
+def test_cancelling_a_chat_completion(two_pods: System, turns: Turns[OpenAI]) -> None:
     """Its reader's stream ends, and its slot is free at once."""
     stream = turns.next.chat.completions.create(**{**STORY, **ENDLESS}, stream=True)
     first = next(iter(stream))
@@ -72,7 +61,7 @@ def test_cancelling_a_chat_completion(two_pods: System, turns: Turns) -> None:
     two_pods.await_idle()
 
 
-def test_a_request_that_is_sent_again(turns: Turns) -> None:
+def test_a_request_that_is_sent_again(turns: Turns[OpenAI]) -> None:
     key = {"Idempotency-Key": str(uuid.uuid4())}
     body = {**STORY, "temperature": 1}
     answers = [turns.next.chat.completions.create(**body, extra_headers=key) for _ in range(2)]
@@ -81,7 +70,7 @@ def test_a_request_that_is_sent_again(turns: Turns) -> None:
         turns.next.chat.completions.create(**{**body, "temperature": 0.5}, extra_headers=key)
 
 
-def test_responses(turns: Turns) -> None:
+def test_responses(turns: Turns[OpenAI]) -> None:
     asked: dict[str, Any] = {"model": MODEL, "temperature": 0, "max_output_tokens": 400}
     made = turns.next.responses.create(**asked, input="Tell me a story about a cat.")
     assert made.output_text
@@ -103,7 +92,7 @@ def test_responses(turns: Turns) -> None:
         turns.next.responses.retrieve(made.id)
 
 
-def test_responses_in_the_background(two_pods: System, turns: Turns) -> None:
+def test_responses_in_the_background(two_pods: System, turns: Turns[OpenAI]) -> None:
     asked: dict[str, Any] = {"model": MODEL, "input": "Tell me a story.", "background": True}
     made = turns.next.responses.create(**asked, max_output_tokens=400, temperature=0)
     assert made.status == "queued"
@@ -124,7 +113,7 @@ def test_responses_in_the_background(two_pods: System, turns: Turns) -> None:
     two_pods.await_idle()
 
 
-def test_files(turns: Turns) -> None:
+def test_files(turns: Turns[OpenAI]) -> None:
     made = turns.next.files.create(file=("a.jsonl", b'{"a": 1}\n'), purpose="batch")
     assert turns.next.files.retrieve(made.id) == made
     assert made.id in [each.id for each in turns.next.files.list(purpose="batch")]
@@ -151,7 +140,7 @@ BODIES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("endpoint", BODIES)
-def test_batches(endpoint: Any, turns: Turns) -> None:
+def test_batches(endpoint: Any, turns: Turns[OpenAI]) -> None:
     given = turns.next.files.create(
         file=("in.jsonl", lines(5, endpoint, **BODIES[endpoint])), purpose="batch"
     )
@@ -170,7 +159,7 @@ def test_batches(endpoint: Any, turns: Turns) -> None:
     assert {row["response"]["status_code"] for row in rows} == {200}
 
 
-def test_cancelling_a_batch(two_pods: System, turns: Turns) -> None:
+def test_cancelling_a_batch(two_pods: System, turns: Turns[OpenAI]) -> None:
     endpoint = "/v1/completions"
     long = lines(40, endpoint, prompt="Once", max_tokens=1500, ignore_eos=True)
     given = turns.next.files.create(file=("in.jsonl", long), purpose="batch")

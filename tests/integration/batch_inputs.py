@@ -1,13 +1,17 @@
 """Batches as tests want them: their input, and what came out."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from openai import AsyncOpenAI
 from openai.types import Batch
 
+from llmboost.jobs import new_id, now
+from llmboost_api.batches.record import ID_PREFIX, BatchRecord
+from llmboost_api.batches.store import BatchStore
+from llmboost_api.pod import Pod
 from tests.waiting import wait_until
 
 from .api_pod import CHAT, chat
@@ -46,6 +50,23 @@ async def begin(
     return await client.batches.create(
         input_file_id=file_id, endpoint=endpoint, completion_window=window, **more
     )
+
+
+async def begin_at(pod: Pod, content: AsyncIterable[bytes]) -> BatchRecord:
+    """A batch of these lines that no runner has taken yet, made by the pod itself."""
+    file = await pod.files.create("", "input.jsonl", "batch", content)
+    record = BatchRecord(
+        id=new_id(ID_PREFIX),
+        owner="",
+        input_file_id=file.id,
+        endpoint=CHAT,
+        completion_window="1h",
+        created=now(),
+        deadline=now() + 3600,
+        output_life=3600,
+    )
+    await BatchStore(pod.redis, pod.settings.response_ttl).create(record, None)
+    return record
 
 
 async def ended(client: AsyncOpenAI, batch_id: str, *, within: float = 30.0) -> Batch:

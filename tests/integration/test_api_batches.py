@@ -20,6 +20,7 @@ from .api_pod import (
     MODEL,
     WORDS,
     RunningPod,
+    Script,
     ScriptedWorker,
     Step,
     chat,
@@ -33,6 +34,17 @@ from .api_pod import (
 from .batch_inputs import begin, ended, line, lines, outcome, upload
 
 PATH = "/v1/batches"
+
+
+def held_by(gate: asyncio.Event) -> Script:
+    """Answers for requests of two tokens wait for the gate."""
+
+    def script(job: GenerationJob) -> Iterator[Step]:
+        if job.sampling.max_tokens == 2:
+            yield gate.wait()
+        yield from story(job)
+
+    return script
 
 
 async def test_every_line_is_answered(pod: RunningPod) -> None:
@@ -297,13 +309,7 @@ async def test_unknown_batches(pod: RunningPod) -> None:
 async def test_counts_are_live(pod: RunningPod, worker: ScriptedWorker) -> None:
     """How many lines are done can be seen while others still run."""
     gate = asyncio.Event()
-
-    def script(job: GenerationJob) -> Iterator[Step]:
-        if job.sampling.max_tokens == 2:
-            yield gate.wait()
-        yield from story(job)
-
-    worker.script = script
+    worker.script = held_by(gate)
     batch = await begin(pod.openai, lines(6, lambda number: chat(max_tokens=1 + number % 2)))
 
     async def half_done() -> bool:
@@ -337,13 +343,7 @@ async def test_a_batch_is_forgotten_after_its_time(
 async def test_a_pod_that_is_told_to_go(redis_url: str, worker: ScriptedWorker) -> None:
     """It commits what it has and hands its batch over: another pod goes on at once, nothing is run again."""
     gate = asyncio.Event()
-
-    def script(job: GenerationJob) -> Iterator[Step]:
-        if job.sampling.max_tokens == 2:
-            yield gate.wait()
-        yield from story(job)
-
-    worker.script = script
+    worker.script = held_by(gate)
     async with serving(settings_for(redis_url)) as one:
         batch = await begin(one.openai, lines(20, lambda number: chat(max_tokens=1 + number % 2)))
         await wait_until(lambda: len(worker.jobs) == 20 and worker.finished == 10)

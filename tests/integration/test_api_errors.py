@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from llmboost.embedded import free_port
-from llmboost_api import directory, generation
+from llmboost_api import generation, patience
 from llmboost_api.auth import fingerprint
 from llmboost_api.routes import models
 
@@ -140,7 +140,7 @@ async def test_keys(redis_url: str, worker: ScriptedWorker) -> None:
 
 async def test_redis_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
     """The pod starts, says 503 with a time to come back, and hangs nowhere."""
-    monkeypatch.setattr(directory, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
     async with serving(settings_for(f"redis://127.0.0.1:{free_port()}/0")) as pod:
         assert (await pod.http.get("/health")).status_code == 200
         ready = await pod.http.get("/ready")
@@ -159,7 +159,7 @@ async def test_redis_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_redis_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """A server that accepts connections and stays silent is waited for no longer than one that is away."""
-    monkeypatch.setattr(directory, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
     monkeypatch.setattr("llmboost_api.routes.health.READY_TIMEOUT_S", 0.2)
     silent = await asyncio.start_server(lambda reader, writer: None, "127.0.0.1", 0)
     port = silent.sockets[0].getsockname()[1]

@@ -13,7 +13,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 
 from llmboost import keys
 from llmboost.jobs import new_id, now
-from llmboost_api import directory
+from llmboost_api import patience
 from llmboost_api.connections import ClientConnection
 from llmboost_api.files.catalogue import PAGE
 from llmboost_api.files.record import FileRecord
@@ -261,7 +261,7 @@ async def test_bytes_whose_record_is_not_made_go_by_themselves(
         raise RedisConnectionError("away")
 
     monkeypatch.setattr(files.catalogue, "publish", fail)
-    monkeypatch.setattr(directory, "PATIENCE_S", 0.1)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.1)
     with pytest.raises(InternalServerError):
         await upload(pod.openai.with_options(max_retries=0))
     ((member, _),) = await redis.zrange(keys.FILES_DUE, 0, -1, withscores=True)

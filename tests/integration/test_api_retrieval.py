@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from llmboost import keys
 from llmboost.jobs import new_id
 from llmboost.streams import SEAL_ID
-from llmboost_api import directory, generation
+from llmboost_api import generation, patience
 
 from .answers import check_error, events, frames_of, id_in, last_id
 from .api_pod import (
@@ -180,7 +180,7 @@ async def test_without_redis_it_is_503(
     async def refuses(job_id: str, entry_id: str) -> None:
         raise ConnectionRefusedError
 
-    monkeypatch.setattr(directory, "PATIENCE_S", 0.2)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.2)
     streams = pod.server.config.app.state.pod.streams  # type: ignore[union-attr]
     monkeypatch.setattr(streams, "find", refuses)
     response = await pod.http.get(f"{CHAT}/{new_id('chatcmpl')}", params={"stream": "true"})

@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from itertools import cycle
 from typing import Any
 
 import openai
@@ -12,6 +11,7 @@ from openai import AsyncOpenAI
 
 from llmboost import keys
 from llmboost.streams import TokenStreams
+from tests.turns import Turns
 from tests.waiting import wait_until
 
 from .answers import check_error, frames_of
@@ -34,24 +34,13 @@ from .api_pod import (
 ASKED: dict[str, Any] = {"model": MODEL, "messages": [{"role": "user", "content": "Tell me a story."}]}
 
 
-class Turns:
-    """Two pods that take turns."""
-
-    def __init__(self, *pods: RunningPod) -> None:
-        self._clients = cycle([pod.openai for pod in pods])
-
-    @property
-    def next(self) -> AsyncOpenAI:
-        return next(self._clients)
-
-
 @pytest.fixture
-async def pods(redis_url: str, pod: RunningPod) -> AsyncIterator[Turns]:
+async def pods(redis_url: str, pod: RunningPod) -> AsyncIterator[Turns[AsyncOpenAI]]:
     async with serving(settings_for(redis_url)) as other:
-        yield Turns(pod, other)
+        yield Turns(pod.openai, other.openai)
 
 
-async def stored(pods: Turns, **fields: Any) -> str:
+async def stored(pods: Turns[AsyncOpenAI], **fields: Any) -> str:
     completion = await pods.next.chat.completions.create(**ASKED, store=True, **fields)
     return completion.id
 
@@ -59,7 +48,7 @@ async def stored(pods: Turns, **fields: Any) -> str:
 # Stored
 
 
-async def test_a_stored_completion_is_retrieved_listed_changed_and_deleted(pods: Turns) -> None:
+async def test_a_stored_completion_is_retrieved_listed_changed_and_deleted(pods: Turns[AsyncOpenAI]) -> None:
     made = await pods.next.chat.completions.create(**ASKED, store=True, metadata={"topic": "cats"})
     assert made.metadata == {"topic": "cats"}
     again = await pods.next.chat.completions.retrieve(made.id)
@@ -81,7 +70,7 @@ async def test_a_stored_completion_is_retrieved_listed_changed_and_deleted(pods:
     assert (await pods.next.chat.completions.list()).data == []
 
 
-async def test_a_stream_is_stored_too(pods: Turns) -> None:
+async def test_a_stream_is_stored_too(pods: Turns[AsyncOpenAI]) -> None:
     stream = await pods.next.chat.completions.create(**ASKED, store=True, stream=True)
     ids = {chunk.id async for chunk in stream}
     listed = await pods.next.chat.completions.list()
@@ -89,7 +78,7 @@ async def test_a_stream_is_stored_too(pods: Turns) -> None:
     assert listed.data[0].choices[0].message.content == "".join(WORDS)
 
 
-async def test_what_is_not_to_be_stored_is_not_listed(pods: Turns) -> None:
+async def test_what_is_not_to_be_stored_is_not_listed(pods: Turns[AsyncOpenAI]) -> None:
     await pods.next.chat.completions.create(**ASKED)
     await pods.next.chat.completions.create(**ASKED, store=False)
     assert (await pods.next.chat.completions.list()).data == []
@@ -112,7 +101,7 @@ async def test_a_stored_completion_outlives_the_retention(
     assert await redis.ttl(keys.stream(kept)) > 900
 
 
-async def test_a_list_comes_in_pages_of_either_order_and_filtered(pods: Turns) -> None:
+async def test_a_list_comes_in_pages_of_either_order_and_filtered(pods: Turns[AsyncOpenAI]) -> None:
     made = [await stored(pods, metadata={"n": str(number % 2)}) for number in range(5)]
     assert [each.id async for each in pods.next.chat.completions.list(limit=2)] == made
     backwards = pods.next.chat.completions.list(limit=2, order="desc")
@@ -125,7 +114,7 @@ async def test_a_list_comes_in_pages_of_either_order_and_filtered(pods: Turns) -
     assert len((await pods.next.chat.completions.list(model=MODEL)).data) == 5
 
 
-async def test_whoever_deletes_while_listing_misses_nothing(pods: Turns) -> None:
+async def test_whoever_deletes_while_listing_misses_nothing(pods: Turns[AsyncOpenAI]) -> None:
     made = {await stored(pods) for _ in range(7)}
     for order in ("asc", "desc"):
         deleted = []

@@ -10,21 +10,21 @@ from arq.connections import ArqRedis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from llmboost import keys
-from llmboost.jobs import GenerationJob, new_id, now
+from llmboost.jobs import GenerationJob
 from llmboost.settings import ApiSettings
 from llmboost.streams import persist
 from llmboost_api.batches import collecting, execution, holding, output, source
 from llmboost_api.batches.committing import Committer
 from llmboost_api.batches.execution import Execution
 from llmboost_api.batches.ledger import Ledger
-from llmboost_api.batches.record import ID_PREFIX, BatchRecord
+from llmboost_api.batches.record import BatchRecord
 from llmboost_api.batches.source import folder
 from llmboost_api.batches.store import BatchStore
 from llmboost_api.pod import Pod
 from tests.waiting import wait_until
 
-from .api_pod import CHAT, ScriptedWorker, Step, chat, ends, says, settings_for
-from .batch_inputs import line
+from .api_pod import ScriptedWorker, Step, chat, ends, says, settings_for
+from .batch_inputs import begin_at, line
 from .mortal import Fate, Killed, mortal_pod
 
 LINES = 5
@@ -65,19 +65,7 @@ async def make_batch(pod: Pod) -> BatchRecord:
             body = chat(messages=messages, temperature=9 if number == REFUSED else 1)
             yield (line(f"line-{number}", body) + "\n").encode()
 
-    file = await pod.files.create("", "input.jsonl", "batch", content())
-    record = BatchRecord(
-        id=new_id(ID_PREFIX),
-        owner="",
-        input_file_id=file.id,
-        endpoint=CHAT,
-        completion_window="1h",
-        created=now(),
-        deadline=now() + 3600,
-        output_life=3600,
-    )
-    await BatchStore(pod.redis, pod.settings.response_ttl).create(record, None)
-    return record
+    return await begin_at(pod, content())
 
 
 async def execute(pod: Pod, name: str) -> None:

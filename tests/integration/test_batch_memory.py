@@ -6,15 +6,14 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 from arq.connections import ArqRedis
 
-from llmboost.jobs import GenerationJob, new_id, now
+from llmboost.jobs import GenerationJob
 from llmboost_api.batches import holding
 from llmboost_api.batches.execution import Execution
-from llmboost_api.batches.record import ID_PREFIX, BatchRecord
 from llmboost_api.batches.store import BatchStore
 from llmboost_api.pod import Pod
 
-from .api_pod import CHAT, ScriptedWorker, Step, chat, settings_for, story
-from .batch_inputs import line
+from .api_pod import ScriptedWorker, Step, chat, settings_for, story
+from .batch_inputs import begin_at, line
 from .mortal import Fate, mortal_pod
 
 LINE_BYTES = 10_000
@@ -28,18 +27,7 @@ async def peak_of(pod: Pod, lines: int) -> int:
         for number in range(lines):
             yield f"{line(f'line-{number}', body)}\n".encode()
 
-    file = await pod.files.create("", "input.jsonl", "batch", content())
-    record = BatchRecord(
-        id=new_id(ID_PREFIX),
-        owner="",
-        input_file_id=file.id,
-        endpoint=CHAT,
-        completion_window="1h",
-        created=now(),
-        deadline=now() + 3600,
-        output_life=3600,
-    )
-    await BatchStore(pod.redis, pod.settings.response_ttl).create(record, None)
+    record = await begin_at(pod, content())
     (hold,) = await holding.claim(pod.redis, "runner", 1)
     tracemalloc.start()
     try:

@@ -2,36 +2,26 @@
 
 import io
 import json
-import os
-import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import BinaryIO
 
-import psutil
 import pytest
-from rich.console import Console
 
 from llmboost.cli import commands
-from llmboost.cli.batch import options, progress, run, server
-from llmboost.cli.batch.server import Batch, Counts, Server
+from llmboost.cli.batch import options
+from llmboost.cli.batch.server import Server
 from llmboost.embedded import free_port
-from tests.commands import ROOT, STANDINS, llmboost, wait_until
+from tests.commands import llmboost, wait_until
 from tests.standins.batches import FakeBatches, FakeServer
 
-Run = Callable[..., int]
+from .cli_batch import Run, files, ids_in, quick, write
 
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "POLL_S", 0.01)
-    monkeypatch.setattr(server, "_LONGEST_PAUSE_S", 0.05)
-    monkeypatch.delenv("LLMBOOST_URL", raising=False)
-    monkeypatch.delenv("LLMBOOST_API_KEY", raising=False)
+__all__ = ["quick"]
 
 
 @pytest.fixture
@@ -48,23 +38,6 @@ def batch(fake: FakeServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LLMBOOST_URL", fake.url)
     return lambda *arguments: commands.run(["batch", *arguments])
-
-
-def write(*custom_ids: str, url: str = "/v1/chat/completions") -> None:
-    """An input of these lines."""
-    lines = [
-        {"custom_id": custom_id, "method": "POST", "url": url, "body": {"model": "tiny", "messages": []}}
-        for custom_id in custom_ids
-    ]
-    Path("in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def ids_in(path: str) -> list[str]:
-    return [json.loads(line)["custom_id"] for line in Path(path).read_text().splitlines()]
-
-
-def files() -> set[str]:
-    return {path.name for path in Path().iterdir()}
 
 
 def test_a_file_is_answered_into_another(
@@ -341,113 +314,3 @@ def test_ctrl_c_in_the_download_says_how_to_fetch_the_answers(
     assert f"{batch_id} has ended. To fetch the answers:" in err
     assert "cancel" not in err
     assert files() == {"in.jsonl"}
-
-
-# A server of one's own
-
-
-@pytest.fixture
-def alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`llmboost batch ...` in an empty folder, and no server where one would be; stand-ins can be started."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(options, "DEFAULT_URL", f"http://127.0.0.1:{free_port()}/v1")
-    paths = [STANDINS, *(ROOT / name for name in ("shared", "api", "worker"))]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, paths)))
-    return lambda *arguments: commands.run(["batch", *arguments])
-
-
-def children() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
-
-
-def test_without_a_server_one_is_started_for_the_run(alone: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    """With the model of the first line; nothing of it is left."""
-    before = children()
-    write("a", "bad", "b")
-    assert alone("run", "in.jsonl", "-o", "out.jsonl") == 1
-    err = capsys.readouterr().err
-    assert f"no server at {options.DEFAULT_URL}: tiny is served for this run alone, and then stopped" in err
-    assert "2 of 3 lines answered in out.jsonl" in err
-    assert files() == {"in.jsonl", "out.jsonl", "out.jsonl.errors.jsonl"}
-    assert children() == before
-
-
-def test_a_server_that_can_not_be_started_says_why(alone: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    before = children()
-    write("a")
-    assert alone("run", "in.jsonl", "-o", "out.jsonl", "--model", "unknown") == 1
-    assert re.search("error: worker-0 exited .*there is no model 'unknown'", capsys.readouterr().err)
-    assert files() == {"in.jsonl"}
-    assert children() == before
-
-
-def test_a_batch_that_runs_elsewhere_starts_no_server(alone: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    assert alone("run", "--batch-id", "batch_1", "-o", "out.jsonl") == 1
-    assert f"nothing answers at {options.DEFAULT_URL}" in capsys.readouterr().err
-
-
-def test_ctrl_c_ends_a_batch_of_ones_own_and_keeps_what_is_done(
-    alone: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Nobody else could come back to it."""
-    retrieve = Server.retrieve
-    looks = 0
-
-    def interrupted(self: Server, batch_id: str) -> Batch:
-        nonlocal looks
-        looks += 1
-        if looks == 4:
-            raise KeyboardInterrupt
-        return retrieve(self, batch_id)
-
-    monkeypatch.setattr(Server, "retrieve", interrupted)
-    before = children()
-    write(*(f"line-{n}" for n in range(100)))
-    assert alone("run", "in.jsonl", "-o", "out.jsonl") == 130
-    err = capsys.readouterr().err
-    assert "what is done is kept" in err
-    assert "of 100 lines answered in out.jsonl; the batch is cancelled\n" in err
-    done = ids_in("out.jsonl")
-    assert 0 < len(done) < 100
-    assert done == [f"line-{n}" for n in range(len(done))]
-    assert children() == before
-
-
-# How far it is
-
-
-def some(completed: int, failed: int = 0, status: str = "in_progress") -> Batch:
-    return Batch("batch_1", status, Counts(200, completed, failed))
-
-
-def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
-    screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=120, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda stderr: console)
-    with progress.progress() as shown:
-        for step in (some(0), some(60, 4)):
-            shown.show(step)
-        shown.wait("[refused]")
-    last = screen.getvalue()
-    for words in ("in progress", "64/200", "4 failed", "the server is away, asking again: [refused]"):
-        assert words in last
-
-
-def test_elsewhere_there_is_a_line_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    clock = 0.0
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock)
-    with progress.progress() as shown:
-        for clock in range(21):
-            shown.show(some(5 * clock, clock % 2))
-        shown.wait("refused")
-        shown.wait("refused")
-        shown.show(some(200, status="completed"))
-    assert capsys.readouterr().err.splitlines() == [
-        "batch_1: in progress, 0 of 200",
-        "batch_1: in progress, 50 of 200, 5.0/s, 30 s left",
-        "batch_1: in progress, 100 of 200, 5.0/s, 20 s left",
-        "the server is away, asking again: refused",
-        "batch_1: completed, 200 of 200",
-    ]

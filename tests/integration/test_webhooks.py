@@ -1,125 +1,31 @@
 """Webhooks from the seal to the receiver, whoever is there in between."""
 
 import asyncio
-import logging
 import signal
-import ssl
-from collections.abc import AsyncIterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import pytest
 from arq.connections import ArqRedis
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
 from redis.exceptions import RedisError
 
 from llmboost import keys
 from llmboost.connection import connect
-from llmboost.entries import NO_FOLLOW_UP, ChoiceDelta, Delta, FollowUp, StreamError, Terminal, Usage
-from llmboost.jobs import GenerationJob, Prompt, SamplingParams, new_id, now
-from llmboost.queue import JobQueue
-from llmboost.streams import TokenStreams, Writer, append_to
+from llmboost.entries import NO_FOLLOW_UP, StreamError
+from llmboost.jobs import new_id, now
+from llmboost.streams import TokenStreams
 from llmboost_api.ending import CANCELLED
-from llmboost_api.webhooks import delivery, sender, targets
+from llmboost_api.webhooks import delivery
 from llmboost_api.webhooks.delivery import Webhooks
-from llmboost_api.webhooks.events import Event
-from llmboost_api.webhooks.sender import DeliveryFailed, Sender
-from llmboost_api.webhooks.targets import Target
 from tests.commands import llmboost
 from tests.waiting import wait_until
 
 from .api_pod import serving, settings_for
 from .receiver import SECRET, Receiver, receiving
+from .webhook_ends import Ends, ends, quick, receiver
+
+__all__ = ["ends", "quick", "receiver"]
 
 OTHER_SECRET = "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "POLL_S", 0.01)
-    monkeypatch.setattr(delivery, "pause", lambda tries: 0.02)
-
-
-@pytest.fixture
-async def receiver() -> AsyncIterator[Receiver]:
-    async with receiving() as running:
-        yield running
-
-
-class Ends:
-    """Requests that are accepted, and come to their end."""
-
-    def __init__(self, queue: JobQueue, redis_url: str) -> None:
-        self.queue = queue
-        self.redis_url = redis_url
-
-    def webhooks(
-        self, *urls: str, secrets: tuple[str, ...] = (SECRET,), allow_private: bool = True
-    ) -> Webhooks:
-        """A pod's."""
-        settings = settings_for(
-            self.redis_url,
-            webhook_url=urls,
-            webhook_secret=secrets,
-            webhook_allow_private=allow_private,
-        )
-        return Webhooks(self.queue.redis, self.queue.streams, settings)
-
-    async def response(
-        self, webhooks: Webhooks, *, reason: str = "stop", error: StreamError | None = None
-    ) -> str:
-        """A response that was asked for, has said something, and is sealed."""
-        response_id = new_id("resp_")
-        await self.accept(response_id, webhooks.follow_up(response_id))
-        writer = Writer(response_id, 1)
-        await self.queue.streams.begin(writer, "worker")
-        pipe = self.queue.redis.pipeline()
-        append_to(pipe, response_id, writer.next_id(), Delta([ChoiceDelta(0, 0, [1], "Once", reason)]))
-        await pipe.execute()
-        await self.seal(response_id, error)
-        return response_id
-
-    async def accept(self, response_id: str, follow_up: FollowUp) -> None:
-        job = GenerationJob(
-            id=response_id,
-            model="llama",
-            prompt=Prompt(text="a"),
-            sampling=SamplingParams(),
-            needs_audience=False,
-            created=now(),
-            deadline=now() + 60,
-        )
-        await self.queue.submit(job, follow_up=follow_up)
-        await self.queue.discard(response_id)
-
-    async def seal(self, response_id: str, error: StreamError | None = None) -> None:
-        await self.queue.streams.seal(response_id, Terminal("worker", None if error else Usage(1, 1), error))
-
-    async def batch(self, webhooks: Webhooks, status: str) -> str:
-        """As the script does that ends a batch."""
-        batch_id = new_id("batch_")
-        job = webhooks.batch_event(batch_id, status)
-        assert job is not None
-        async with self.queue.redis.pipeline(transaction=True) as pipe:
-            pipe.set(keys.arq_job(job.id), job.definition, ex=86400)
-            pipe.zadd(job.queue, {job.id: int(now() * 1000)})
-            await pipe.execute()
-        return batch_id
-
-    async def settled(self) -> None:
-        """Nothing is left to do."""
-        await wait_until(self._none_left)
-
-    async def _none_left(self) -> bool:
-        return bool(await self.queue.redis.zcard(keys.WEBHOOKS) == 0)
-
-
-@pytest.fixture
-def ends(queue: JobQueue, redis_url: str) -> Ends:
-    return Ends(queue, redis_url)
 
 
 @pytest.mark.parametrize(
@@ -303,117 +209,6 @@ async def test_a_delivery_is_given_up_after_its_tries(
     assert "webhook given up" in caplog.records[-1].getMessage()
 
 
-async def test_a_redirect_is_not_followed(ends: Ends, receiver: Receiver) -> None:
-    """It would lead past the check of the address."""
-    async with receiving() as elsewhere:
-        receiver.statuses = [302, 307]
-        receiver.location = elsewhere.url()
-        webhooks = ends.webhooks(receiver.url())
-        async with webhooks:
-            await ends.response(webhooks)
-            await ends.settled()
-    assert len(receiver.calls) == 3
-    assert not elsewhere.calls
-
-
-async def test_nothing_is_sent_to_a_private_address_without_permission(
-    ends: Ends, receiver: Receiver, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Whatever the name stood for when the pod started, or a moment ago."""
-    answers = [["8.8.8.8", "127.0.0.1"], ["127.0.0.1"]]
-
-    async def resolve(host: str, port: int) -> list[str]:
-        return answers[0]
-
-    monkeypatch.setattr(targets, "resolve", resolve)
-    webhooks = ends.webhooks(receiver.url(host="hooks.example.com"), allow_private=False)
-    async with webhooks:
-        for _ in range(2):
-            await ends.response(webhooks)
-            await ends.settled()
-            assert caplog.records[-1].levelno == logging.ERROR
-            assert "hooks.example.com is 127.0.0.1, a private address" in caplog.text
-            assert "--webhook-allow-private" in caplog.text
-            answers.pop(0)
-            answers.append(["127.0.0.1"])
-    assert not receiver.calls
-
-
-async def test_the_address_that_was_checked_is_connected_to(
-    ends: Ends, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The name is asked about once; a first address that can't be reached costs nothing."""
-    asked = []
-
-    async def resolve(host: str, port: int) -> list[str]:
-        asked.append(host)
-        return ["127.0.0.2", "127.0.0.1"]
-
-    monkeypatch.setattr(targets, "resolve", resolve)
-    webhooks = ends.webhooks(receiver.url(host="hooks.invalid"))
-    async with webhooks:
-        await ends.response(webhooks)
-        await ends.settled()
-    assert asked == ["hooks.invalid"]
-    assert [call.headers["host"] for call in receiver.calls] == [f"hooks.invalid:{receiver.port}"]
-
-
-async def test_proxies_of_the_environment_are_not_used(
-    ends: Ends, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async with receiving() as proxy:
-        for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
-            monkeypatch.setenv(name, proxy.url(""))
-        webhooks = ends.webhooks(receiver.url())
-        async with webhooks:
-            await ends.response(webhooks)
-            await ends.settled()
-    assert len(receiver.taken) == 1
-    assert not proxy.calls
-
-
-async def test_a_target_that_says_nothing_has_failed(
-    receiver: Receiver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sender, "WITHIN_S", 0.1)
-    receiver.statuses = [None]
-    async with Sender([SECRET], allow_private=True) as sending:
-        with pytest.raises(DeliveryFailed, match=r"no answer within 0\.1 s"):
-            await sending.send(event(), Target(receiver.url()))
-
-
-async def test_a_certificate_is_checked_against_the_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Though it is an address that is connected to, and another name was good there a moment ago."""
-
-    async def resolve(host: str, port: int) -> list[str]:
-        return ["127.0.0.1"]
-
-    monkeypatch.setattr(targets, "resolve", resolve)
-    certificate = certify("hooks.example.com", tmp_path)
-
-    def server_side() -> ssl.SSLContext:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        context.load_cert_chain(certificate)
-        return context
-
-    trusting = ssl.create_default_context(cafile=str(certificate))
-    async with (
-        receiving(server_side) as receiver,
-        Sender([SECRET], allow_private=True, tls=trusting) as sending,
-        Sender([SECRET], allow_private=True) as strict,
-    ):
-        good = Target(receiver.url(host="hooks.example.com", scheme="https"))
-        other = Target(receiver.url(host="other.example.com", scheme="https"))
-        assert await sending.send(event(), good) == 200
-        with pytest.raises(DeliveryFailed, match="not valid for 'other"):
-            await sending.send(event(), other)
-        with pytest.raises(DeliveryFailed, match="self-signed"):
-            await strict.send(event(), good)
-    assert len(receiver.calls) == 1
-
-
 async def test_without_a_url_there_is_nothing_of_all_this(redis: ArqRedis, redis_url: str) -> None:
     async with serving(settings_for(redis_url)) as pod:
         webhooks: Webhooks = pod.server.config.app.state.pod.webhooks  # type: ignore[union-attr]
@@ -431,34 +226,3 @@ async def test_a_pod_delivers(ends: Ends, receiver: Receiver, redis_url: str, st
         response_id = await ends.response(webhooks)
         await ends.settled()
     assert [call.event().data.id for call in receiver.calls] == [response_id]
-
-
-def event() -> Event:
-    return Event.of("batch", "completed", new_id("batch_"), int(now()))
-
-
-def certify(name: str, folder: Path) -> Path:
-    """A certificate that signs itself, with its key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    subject = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, name)])
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(subject)
-        .issuer_name(subject)
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(datetime.now(UTC) - timedelta(days=1))
-        .not_valid_after(datetime.now(UTC) + timedelta(days=1))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    path = folder / f"{name}.pem"
-    path.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM,
-            serialization.PrivateFormat.PKCS8,
-            serialization.NoEncryption(),
-        )
-        + certificate.public_bytes(serialization.Encoding.PEM)
-    )
-    return path

@@ -17,7 +17,7 @@ from llmboost.jobs import JOB_CLASSES, GenerationJob
 from llmboost.leases import Claim
 from llmboost.queue import JobQueue
 from llmboost.streams import TokenStreams
-from llmboost_worker import generation, leased
+from llmboost_worker import checks, leased
 from llmboost_worker.text import Tokenizer
 from tests.integration.deaths import begin, die
 from tests.integration.workers import (
@@ -359,15 +359,15 @@ async def test_a_prompt_that_is_being_encoded_goes_to_the_next_worker(
 ) -> None:
     """A long one is encoded in a thread, which nobody can stop; what it yields is dropped."""
     encoding, encoded = threading.Event(), threading.Event()
-    encode = generation.encode_prompt
+    encode = checks.encode_prompt
 
     def slow_encode(*arguments: Any) -> list[int]:
         encoding.set()
         encoded.wait(60)
         return encode(*arguments)
 
-    monkeypatch.setattr(generation, "encode_prompt", slow_encode)
-    monkeypatch.setattr(generation, "LONG_TEXT", 0)
+    monkeypatch.setattr(checks, "encode_prompt", slow_encode)
+    monkeypatch.setattr(checks, "LONG_TEXT", 0)
     worker = await start_worker()
     job = await submit(queue)
     await wait_until(encoding.is_set)

@@ -79,6 +79,17 @@ def test_a_broken_form_is_said_to_be_one(draw: st.DataObject) -> None:
     assert len(set(outcomes)) == 1
 
 
+def test_only_line_breaks_may_come_first() -> None:
+    """However the form is cut."""
+    whole = form(PURPOSE, FILE)
+    for cutting in ([b"\r\n" + whole], [b"\r", b"\n", whole]):
+        assert read(cutting) == read([whole])
+    for first in (b"\n:", b'\r"', b"\r\nHello.\r\n"):
+        for cutting in ([first + whole], [first, whole], [bytes([byte]) for byte in first + whole]):
+            with pytest.raises(MultipartError):
+                read(cutting)
+
+
 @settings(max_examples=200, deadline=None, database=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_refused(garbage: bytes) -> None:

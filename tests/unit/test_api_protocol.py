@@ -187,6 +187,7 @@ CHAT_PROBLEMS: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 0}, "max_tokens", "at least 1"),
     ({"max_completion_tokens": 0}, "max_completion_tokens", "at least 1"),
     ({"min_tokens": 9, "max_tokens": 8}, "min_tokens", "'max_tokens'"),
+    ({"min_tokens": 9, "max_completion_tokens": 8}, "min_tokens", "'max_completion_tokens'"),
     ({"stream_options": {"include_usage": True}}, "stream_options", "'stream'"),
     (
         {"stream": True, "stream_options": {"include_usage": 1}},

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from llmboost.entries import StreamError, Terminal
+from llmboost.entries import CANCELLED_TYPE, StreamError, Terminal
 from llmboost.jobs import GenerationJob
 from llmboost.streams import StreamSealed, TokenStreams
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 LEFT = StreamError(
     "The request was cancelled: nobody was reading its stream.",
-    "request_cancelled",
+    CANCELLED_TYPE,
     "client_gone",
     status=499,
 )

@@ -18,35 +18,12 @@ from dataclasses import dataclass, field
 from llmboost.entries import ChoiceDelta, StreamError, Terminal, TokenLogprob, Usage
 from llmboost.jobs import GenerationJob
 from llmboost.streams import SealOutcome, StreamEnded, TokenStreams, Transcript, Writer
-from llmboost_worker.engine.interface import (
-    Engine,
-    EngineInfo,
-    SequenceOutput,
-    SequenceRequest,
-    StepOutput,
-)
+from llmboost_worker.checks import Refused, check_bias, encoded, most_tokens
+from llmboost_worker.engine.interface import Engine, EngineInfo, SequenceOutput, SequenceRequest, StepOutput
 from llmboost_worker.publisher import Outbox, Publisher
-from llmboost_worker.text import (
-    ChoiceText,
-    PromptError,
-    PromptTooLong,
-    Tokenizer,
-    encode_prompt,
-    render_prompt,
-)
+from llmboost_worker.text import ChoiceText, Tokenizer, render_prompt
 
 logger = logging.getLogger(__name__)
-
-LONG_TEXT = 20_000
-"""Characters beyond which a prompt is encoded in a thread, so that other streams don't wait for it."""
-
-
-class Refused(Exception):
-    """The request can't be served; `error` says why."""
-
-    def __init__(self, error: StreamError) -> None:
-        super().__init__(error.message)
-        self.error = error
 
 
 class GaveWay(Exception):
@@ -166,10 +143,10 @@ class Generator:
         job, writer = generation.job, generation.outbox.writer
         transcript = await self._streams.begin(writer, self._worker)
         self.running[job.id] = generation
-        prompt_ids = await self._encode(job)
+        prompt_ids = await encoded(job, self._tokenizer, self._info)
         generation.prompt_tokens = len(prompt_ids)
-        self._check_bias(job)
-        max_tokens = self._max_tokens(job, len(prompt_ids))
+        check_bias(job, self._info)
+        max_tokens = most_tokens(job, len(prompt_ids), self._info)
         requests = self._resume(generation, transcript, prompt_ids, max_tokens)
         if not requests:
             generation.end()
@@ -248,60 +225,6 @@ class Generator:
         self.running.pop(generation.job.id, None)
 
     # Before the first token
-
-    async def _encode(self, job: GenerationJob) -> list[int]:
-        prompt = job.prompt
-        size = len(prompt.text or "") + sum(len(str(message)) for message in prompt.messages or ())
-        arguments = (self._tokenizer, prompt, self._info.vocab_size, job.created, self._info.max_model_len)
-        try:
-            if size > LONG_TEXT:
-                return await asyncio.to_thread(encode_prompt, *arguments)
-            return encode_prompt(*arguments)
-        except PromptTooLong as error:
-            raise self._too_long(job, f"more than {error.at_least}") from error
-        except PromptError as error:
-            raise Refused(
-                StreamError(error.message, "invalid_request_error", error.code, error.param, status=400)
-            ) from error
-
-    def _check_bias(self, job: GenerationJob) -> None:
-        unknown = [token for token in job.sampling.logit_bias if not 0 <= token < self._info.vocab_size]
-        if unknown:
-            raise Refused(
-                StreamError(
-                    f"logit_bias names token {unknown[0]}, but this model's token ids are whole numbers from "
-                    f"0 to {self._info.vocab_size - 1}. Was it made for another model's tokenizer?",
-                    "invalid_request_error",
-                    "invalid_token_id",
-                    "logit_bias",
-                    status=400,
-                )
-            )
-
-    def _max_tokens(self, job: GenerationJob, prompt_tokens: int) -> int:
-        """Output tokens that the request may have; all that fit if it doesn't say."""
-        longest = self._info.max_model_len
-        asked = job.sampling.max_tokens
-        if asked is not None and prompt_tokens + asked <= longest:
-            return asked
-        if asked is None and prompt_tokens < longest:
-            return longest - prompt_tokens
-        wanted = "" if asked is None else f" and {asked} for the completion, {prompt_tokens + asked} in all"
-        remedy = "" if prompt_tokens >= longest else f" or ask for at most {longest - prompt_tokens} tokens"
-        raise self._too_long(job, str(prompt_tokens), wanted, remedy)
-
-    def _too_long(self, job: GenerationJob, has: str, wanted: str = "", remedy: str = "") -> Refused:
-        param = "messages" if job.prompt.messages is not None else "prompt"
-        return Refused(
-            StreamError(
-                f"This model's maximum context length is {self._info.max_model_len} tokens, but the request "
-                f"has {has} tokens in the {param}{wanted}. Shorten the {param}{remedy}.",
-                "invalid_request_error",
-                "context_length_exceeded",
-                param,
-                status=400,
-            )
-        )
 
     def _resume(
         self, generation: Generation, transcript: Transcript, prompt_ids: list[int], max_tokens: int

@@ -100,7 +100,7 @@ class WorkerProcess:
             loop.call_soon_threadsafe(self._engine_failed, error)
 
         info = await _in_thread(lambda: engine.start(on_step, on_failure))
-        self.arq.max_jobs = info.max_num_seqs
+        self.arq.max_jobs = info.max_num_seqs  # an engine knows best what it has slots for
         self.generator = Generator(engine, info, tokenizer, self.streams, self.publisher, self.id)
         self.cards = [
             ModelCard(name, self.names[0], info.max_model_len, int(time.time())) for name in self.names

@@ -10,7 +10,7 @@ from llmboost.streams import persist
 from llmboost_api.batches.holding import Holding
 from llmboost_api.batches.ledger import Ledger
 from llmboost_api.batches.output import Row, Written
-from llmboost_api.batches.source import folder, stored
+from llmboost_api.batches.source import folder, insist
 from llmboost_api.pod import Pod
 
 OFTEN_S = 1.0
@@ -71,7 +71,7 @@ class Committer:
 
     async def _commit(self, written: Written) -> None:
         for name, data in written.objects.items():
-            await stored(partial(self._pod.files.storage.put, name, data))
+            await insist(partial(self._pod.files.storage.put, name, data))
         await persist(partial(self._holding.commit, written.results))
         await persist(
             partial(self._pod.streams.delete, [stream for row in written.rows for stream in row.streams])
@@ -85,4 +85,4 @@ class Committer:
         # The commit may have been refused at the second try only.
         listed = {part.name for part in await persist(self._holding.parts)}
         for name in self._written.objects.keys() - listed:
-            await stored(partial(self._pod.files.storage.delete, name))
+            await insist(partial(self._pod.files.storage.delete, name))

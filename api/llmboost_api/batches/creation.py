@@ -6,13 +6,12 @@ from llmboost.jobs import new_id, now
 from llmboost.queue import SubmittedBefore
 from llmboost_api.batches.record import ID_PREFIX, Batch, BatchRecord, is_batch_id
 from llmboost_api.batches.store import BatchStore
-from llmboost_api.directory import answered
-from llmboost_api.errors import ApiError, unavailable
+from llmboost_api.errors import ApiError, quoted, unavailable
 from llmboost_api.idempotency import RequestName
+from llmboost_api.patience import answered
 from llmboost_api.pod import Pod
 from llmboost_api.protocol.batches import BatchRequest, window_seconds
 from llmboost_api.protocol.files import MONTH_S
-from llmboost_api.resume import shown
 
 
 async def create(
@@ -37,7 +36,7 @@ async def find(pod: Pod, store: BatchStore, batch_id: str, asker: str) -> Batch:
     if batch is None or batch.record.owner != asker:
         raise ApiError(
             404,
-            f"There is no batch {shown(batch_id)} here. Check the id: a batch is kept for "
+            f"There is no batch {quoted(batch_id)} here. Check the id: a batch is kept for "
             f"{pod.settings.response_ttl:g} s after its end, and only the API key that made it can see it.",
             code="batch_not_found",
             param="batch_id",
@@ -90,7 +89,7 @@ async def _check_input(pod: Pod, file_id: str, asker: str) -> None:
     if file is None:
         raise ApiError(
             400,
-            f"There is no file {shown(file_id)} here. Upload the input with purpose 'batch' first; "
+            f"There is no file {quoted(file_id)} here. Upload the input with purpose 'batch' first; "
             "only the API key that uploaded it can use it.",
             code="file_not_found",
             param="input_file_id",

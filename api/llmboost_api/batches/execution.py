@@ -14,7 +14,7 @@ from llmboost.jobs import new_id, now
 from llmboost.streams import persist
 from llmboost_api.batches.holding import RENEW_EVERY_S, BatchLost, Holding, Part
 from llmboost_api.batches.record import ENDED, Batch, Problem, Status
-from llmboost_api.batches.source import folder, lines_of, stored
+from llmboost_api.batches.source import folder, insist, lines_of
 from llmboost_api.batches.validation import Validated, validate
 from llmboost_api.batches.work import Work
 from llmboost_api.errors import ApiError
@@ -89,7 +89,9 @@ class Execution:
             found: Validated = await validate(lines, endpoint, max_bytes, self._refusal_of)
         except NoSuchObject:
             logger.warning("no input: batch=%s storage=%s", batch.id, self._pod.files.storage.url)
-            message = f"The input file {file_id} was deleted, or expired, before it was validated."
+            message = (
+                f"The input file {file_id} was deleted, or expired, before it was validated. Upload it again."
+            )
             return [Problem("input_file_not_found", message, param="input_file_id")]
         if self._cancelling.is_set():
             return []
@@ -120,7 +122,8 @@ class Execution:
             error = await self._file(batch, "error", [part for part in parts if part.failed])
         except NoSuchObject as missing:
             status, output, error = "failed", None, None
-            problems = [Problem("results_lost", f"The storage of files has lost results: {missing}.")]
+            message = f"The storage of files has lost results: {missing}. Make a new batch of the input."
+            problems = [Problem("results_lost", message)]
         finish = partial(
             self._holding.finish,
             status,
@@ -145,7 +148,7 @@ class Execution:
         files = self._pod.files
         file_id = new_id(ID_PREFIX)
         await persist(partial(files.catalogue.reserve, batch.record.owner, file_id))
-        size = await stored(partial(files.storage.concat, [part.name for part in parts], file_id))
+        size = await insist(partial(files.storage.concat, [part.name for part in parts], file_id))
         created = int(now())
         return FileRecord(
             id=file_id,
@@ -158,7 +161,7 @@ class Execution:
         )
 
     async def _clean_up(self) -> None:
-        await stored(partial(self._pod.files.storage.delete_all, folder(self._holding.id)))
+        await insist(partial(self._pod.files.storage.delete_all, folder(self._holding.id)))
         await persist(self._holding.forget)
 
     # What validation asks

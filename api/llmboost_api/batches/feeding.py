@@ -22,7 +22,7 @@ from llmboost_api.batches.lines import LineRefused, LineRequest, read_line
 from llmboost_api.batches.output import Ending, Row, RowWriter
 from llmboost_api.batches.pace import Pace
 from llmboost_api.batches.record import Batch, Problem
-from llmboost_api.batches.source import line_at, lines_of, stored
+from llmboost_api.batches.source import insist, line_at, lines_of
 from llmboost_api.errors import ApiError
 from llmboost_api.files.lines import Line
 from llmboost_api.files.storage import NoSuchObject
@@ -77,10 +77,16 @@ class Feeder:
     async def begin_again(self, lost: InFlight) -> None:
         """Submits a line whose stream is gone, with the server that had it."""
         logger.warning("stream lost, line begun again: batch=%s line=%d", self._record.id, lost.number)
-        place = lost.number, lost.offset
-        read = partial(line_at, self._pod.files.storage, self._record.input_file_id, place, self._max_bytes)
+        read = partial(
+            line_at,
+            self._pod.files.storage,
+            self._record.input_file_id,
+            number=lost.number,
+            offset=lost.offset,
+            max_bytes=self._max_bytes,
+        )
         try:
-            await self._begin(await stored(read))
+            await self._begin(await insist(read))
         except NoSuchObject:
             self._lose_input()
         # It stays in flight until it is so again, or has its row: or the work would seem to be done.

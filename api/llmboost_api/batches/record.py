@@ -10,7 +10,7 @@ import msgspec
 from redis.asyncio import Redis
 
 from llmboost import keys
-from llmboost.jobs import made_at
+from llmboost.jobs import is_id
 
 ID_PREFIX = "batch_"
 
@@ -157,7 +157,7 @@ async def hash_of(redis: Redis, batch_id: str) -> dict[bytes, bytes]:
 
 def is_batch_id(text: str) -> bool:
     """Whether it was made here as the id of a batch."""
-    return text.startswith(ID_PREFIX) and made_at(text) is not None
+    return is_id(text, ID_PREFIX)
 
 
 _encoder = msgspec.msgpack.Encoder()

@@ -16,22 +16,33 @@ FIRST_S, MOST_S = 0.2, 5.0
 T = TypeVar("T")
 
 
-async def stored(call: Callable[[], Awaitable[T]]) -> T:
-    """Awaits `call()` until the storage does not fail.
+class _Pauses:
+    """Those between tries in a row, each twice as long as the one before."""
+
+    def __init__(self) -> None:
+        self._next = FIRST_S
+
+    async def after(self, error: StorageError) -> None:
+        """Waits for the next try; there is none for what does not exist, and the error is raised."""
+        if isinstance(error, NoSuchObject):
+            raise error
+        logger.warning("the storage of files failed, which is tried again: %s", error)
+        await asyncio.sleep(self._next)
+        self._next = min(2 * self._next, MOST_S)
+
+
+async def insist(call: Callable[[], Awaitable[T]]) -> T:
+    """Awaits `call()` until the storage does not fail: what `streams.persist` is for Redis.
 
     Raises:
         NoSuchObject: there is nothing of that name.
     """
-    delay = FIRST_S
+    pauses = _Pauses()
     while True:
         try:
             return await call()
-        except NoSuchObject:
-            raise
         except StorageError as error:
-            logger.warning("the storage of files failed, which is tried again: %s", error)
-        await asyncio.sleep(delay)
-        delay = min(2 * delay, MOST_S)
+            await pauses.after(error)
 
 
 async def lines_of(storage: FileStorage, name: str, max_bytes: int) -> AsyncIterator[Line]:
@@ -41,24 +52,23 @@ async def lines_of(storage: FileStorage, name: str, max_bytes: int) -> AsyncIter
         NoSuchObject: it is gone.
     """
     offset, number = 0, 1
-    delay = FIRST_S
+    pauses = _Pauses()
     while True:
         try:
             async for line in storage.lines(name, offset=offset, number=number, max_bytes=max_bytes):
                 yield line
-                offset, number, delay = line.end, line.number + 1, FIRST_S
+                offset, number, pauses = line.end, line.number + 1, _Pauses()
             return
-        except NoSuchObject:
-            raise
         except StorageError as error:
-            logger.warning("the storage of files failed, which is tried again: %s", error)
-        await asyncio.sleep(delay)
-        delay = min(2 * delay, MOST_S)
+            await pauses.after(error)
 
 
-async def line_at(storage: FileStorage, name: str, line: tuple[int, int], max_bytes: int) -> Line:
-    """One line again: (number, offset)."""
-    number, offset = line
+async def line_at(storage: FileStorage, name: str, *, number: int, offset: int, max_bytes: int) -> Line:
+    """One line again, which begins at `offset`.
+
+    Raises:
+        NoSuchObject: it is gone.
+    """
     async for found in storage.lines(name, offset=offset, number=number, max_bytes=max_bytes):
         return found
     raise NoSuchObject(f"{name} has no line {number}")

@@ -7,17 +7,18 @@ from redis.asyncio import Redis
 
 from llmboost import keys
 from llmboost.entries import Once
-from llmboost.jobs import made_at
 from llmboost.lua import NOW, Script
 from llmboost.queue import SubmittedBefore
 from llmboost_api.batches.record import Batch, BatchRecord, hash_of
+from llmboost_api.index import ADD_TO_INDEX, pages
 from llmboost_api.protocol.batches import LONGEST_S
 
 SLACK_S = 7 * 86400.0
 """For so long after its window a batch may still be without a runner and not be forgotten."""
 
 _CREATE = Script(
-    NOW
+    ADD_TO_INDEX
+    + NOW
     + """
 local batch, waiting, index, once = unpack(KEYS)
 local id, record, ttl, before, name = unpack(ARGV)
@@ -32,10 +33,7 @@ redis.call('HSET', batch, 'record', record, 'status', 'validating')
 redis.call('PEXPIRE', batch, ttl)
 redis.call('ZADD', waiting, now, id)
 redis.call('ZREMRANGEBYSCORE', index, '-inf', before)
-local at = time[1] * 1000000 + time[2]
-local newest = tonumber(redis.call('ZRANGE', index, -1, -1, 'WITHSCORES')[2] or 0)
--- No two at one time, or a page that ends between them would leave one out.
-redis.call('ZADD', index, string.format('%.0f', math.max(at, newest + 1)), id)
+add_to_index(index, id)
 if redis.call('PTTL', index) < tonumber(ttl) then redis.call('PEXPIRE', index, ttl) end
 """
 )
@@ -98,19 +96,17 @@ class BatchStore:
 
     async def page(self, owner: str, *, after: str | None, limit: int) -> tuple[list[Batch], bool]:
         """Up to `limit` of the owner's batches, newest first, from behind the batch `after`; and whether
-        there are more."""
+        there are more.
+
+        Raises:
+            ValueError: `after` is no id that was made here.
+        """
         index = keys.batches(owner)
-        top = await self._behind(index, after)
         found: list[Batch] = []
-        while True:
-            page = await self.redis.zrevrangebyscore(
-                index, top, "-inf", start=0, num=limit + 1, withscores=True
-            )
-            if not page:
-                return found, False
+        async for ids in pages(self.redis, index, after=after, newest_first=True, size=limit + 1):
             async with self.redis.pipeline(transaction=False) as pipe:
-                for batch_id, _ in page:
-                    pipe.hgetall(keys.batch(batch_id.decode()))
+                for batch_id in ids:
+                    pipe.hgetall(keys.batch(batch_id))
                 batches = map(Batch.of, await pipe.execute())
             for batch in batches:
                 if batch is None:  # its time is over; the index is pruned later
@@ -118,12 +114,4 @@ class BatchStore:
                 if len(found) == limit:
                     return found, True
                 found.append(batch)
-            top = f"({page[-1][1]:.0f}"
-
-    async def _behind(self, index: str, after: str | None) -> str:
-        if after is None:
-            return "+inf"
-        score = await self.redis.zscore(index, after)
-        if score is None:  # It is long gone. Its id still says when it was made, to the second.
-            score = ((made_at(after) or 0.0) + 1) * 1e6
-        return f"({score:.0f}"
+        return found, False

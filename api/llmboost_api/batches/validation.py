@@ -89,7 +89,9 @@ class _Validation:
         self._repeated(await self._names.flush())
         found = self._found
         if not found.total:
-            found.problems.append(Problem("empty_file", "The file holds no request."))
+            found.problems.append(
+                Problem("empty_file", "The file holds no request: give it one in each line.")
+            )
         found.problems.sort(key=lambda problem: problem.line or 0)
         del found.problems[MOST_PROBLEMS:]
         found.model = self._models.pop() if len(self._models) == 1 else None

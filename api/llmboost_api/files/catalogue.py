@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 from redis.asyncio import Redis
 
 from llmboost import keys
-from llmboost.jobs import made_at
 from llmboost.lua import NOW, Script, Value
 from llmboost_api.files.record import FileRecord, decode, encode
+from llmboost_api.index import ADD_TO_INDEX, pages
 
 RESERVED_S = 6 * 3600.0
 """How long bytes without a record are left alone; renewed while they are being written."""
@@ -21,16 +21,14 @@ SWEPT_AT_ONCE = 100
 PLACE_KEPT_S = 3600.0
 """How long a deleted file's id still names a place in the list of files."""
 
-PUBLISH_FILE = """
+PUBLISH_FILE = (
+    ADD_TO_INDEX
+    + """
 local function publish_file(record, index, due, id, member, value, expires)
   -- It had a record, which was deleted: whoever asks again, not knowing that it was heard, comes too late.
   if redis.call('ZSCORE', index, id) and redis.call('EXISTS', record) == 0 then return end
   redis.call('SET', record, value)
-  local time = redis.call('TIME')
-  local at = time[1] * 1000000 + time[2]
-  local newest = tonumber(redis.call('ZRANGE', index, -1, -1, 'WITHSCORES')[2] or 0)
-  -- No two files at one time, or a page that ends between them would leave one out.
-  redis.call('ZADD', index, 'NX', string.format('%.0f', math.max(at, newest + 1)), id)
+  add_to_index(index, id)
   if tonumber(expires) > 0 then
     redis.call('PEXPIREAT', record, expires)
     redis.call('ZADD', due, expires, member)
@@ -39,6 +37,7 @@ local function publish_file(record, index, due, id, member, value, expires)
   end
 end
 """
+)
 """Lua prelude: `publish_file` takes `publication`'s keys and arguments, for a script that makes a file known
 together with something else. May be called again for the same record, and brings no deleted file back."""
 
@@ -142,30 +141,10 @@ class Catalogue:
             ValueError: `after` is no id of a file.
         """
         index = keys.files(owner)
-        start = await self._start(index, after, newest_first=newest_first)
-        read = self.redis.zrevrangebyscore if newest_first else self.redis.zrangebyscore
-        end = "-inf" if newest_first else "+inf"
-        while True:
-            page = await read(index, start, end, start=0, num=PAGE, withscores=True)
-            if not page:
-                return
-            values = await self.redis.mget([keys.file(file_id.decode()) for file_id, _ in page])
-            for value in values:
+        async for ids in pages(self.redis, index, after=after, newest_first=newest_first, size=PAGE):
+            for value in await self.redis.mget([keys.file(each) for each in ids]):
                 if value is not None:
                     yield decode(value)
-            start = f"({page[-1][1]:.0f}"
-
-    async def _start(self, index: str, after: str | None, *, newest_first: bool) -> str:
-        if after is None:
-            return "+inf" if newest_first else "-inf"
-        score = await self.redis.zscore(index, after)
-        if score is not None:
-            return f"({score:.0f}"
-        # It is long gone. Its id still says when it was made, to the second.
-        made = made_at(after)
-        if made is None:
-            raise ValueError(f"{after!r} is no id of a file")
-        return f"({(made + newest_first) * 1e6:.0f}"
 
 
 def _member(owner: str, file_id: str) -> str:

@@ -12,12 +12,12 @@ from types import TracebackType
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from llmboost.jobs import made_at, new_id, now
-from llmboost_api.directory import answered
+from llmboost.jobs import is_id, new_id, now
 from llmboost_api.files.catalogue import RESERVED_S, Catalogue
-from llmboost_api.files.lines import MAX_LINE_BYTES, Line
 from llmboost_api.files.record import ID_PREFIX, FileRecord
 from llmboost_api.files.storage import FileStorage, StorageError
+from llmboost_api.patience import answered
+from llmboost_api.tasks import discard
 
 logger = logging.getLogger(__name__)
 
@@ -44,9 +44,7 @@ class Files:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        assert self._sweeper is not None
-        self._sweeper.cancel()
-        await asyncio.wait([self._sweeper])
+        await discard(self._sweeper)
         await asyncio.to_thread(self.storage.close)
 
     # Making
@@ -86,15 +84,9 @@ class Files:
             return None
         return await answered(partial(self.catalogue.get, owner, file_id))
 
-    def read(self, record: FileRecord, offset: int = 0) -> AsyncGenerator[bytes, None]:
+    def read(self, record: FileRecord) -> AsyncGenerator[bytes, None]:
         """The file's bytes."""
-        return self.storage.read(record.id, offset)
-
-    def lines(
-        self, record: FileRecord, *, offset: int = 0, number: int = 1, max_bytes: int = MAX_LINE_BYTES
-    ) -> AsyncGenerator[Line, None]:
-        """The file's lines, from `offset` on: see `FileStorage.lines`."""
-        return self.storage.lines(record.id, offset=offset, number=number, max_bytes=max_bytes)
+        return self.storage.read(record.id)
 
     async def page(
         self, owner: str, *, after: str | None, limit: int, newest_first: bool, purpose: str | None
@@ -220,4 +212,4 @@ class Draft:
 
 def is_file_id(text: str) -> bool:
     """Whether it was made here as the id of a file."""
-    return text.startswith(f"{ID_PREFIX}-") and made_at(text) is not None
+    return is_id(text, ID_PREFIX)

@@ -53,7 +53,7 @@ class MultipartReader:
         self._headers: dict[bytes, bytes] = {}
         self._header = bytearray()
         self._value = bytearray()
-        self._whole = False
+        self._begun = self._whole = False
         try:
             self._parser = MultipartParser(
                 boundary,
@@ -77,6 +77,10 @@ class MultipartReader:
         Raises:
             MultipartError: it can't be the next piece of a form.
         """
+        if not self._begun:
+            # The parser would skip what follows a line break here, as far as it comes in the same piece.
+            piece = piece.lstrip(b"\r\n")
+            self._begun = bool(piece)
         try:
             self._parser.write(piece)
         except FormParserError as error:

@@ -8,6 +8,7 @@ from typing import Any
 from fastapi import Request
 from pydantic import ValidationError
 
+from llmboost_api.body import declared_bytes
 from llmboost_api.errors import ApiError
 from llmboost_api.files.files import Draft, Files
 from llmboost_api.files.multipart import MultipartError, MultipartReader, PartBegins, PartEnds
@@ -33,11 +34,7 @@ async def receive(request: Request, files: Files, asker: str, limit: int) -> Fil
         StorageError: it can't be stored.
         ClientDisconnect: the client left before it had sent everything.
     """
-    encoding = request.headers.get("content-encoding", "identity")
-    if encoding != "identity":
-        raise ApiError(415, f"Content-Encoding {encoding!r} is not supported: send the body as it is.")
-    declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit + FORM_BYTES:
+    if declared_bytes(request) > limit + FORM_BYTES:
         raise _too_large(limit)
     async with files.draft(asker) as draft:
         try:
@@ -123,7 +120,7 @@ class _Form:
         value = self._values[self._part]
         value += data
         if len(value) > MAX_FIELD_BYTES:
-            raise _refused(self._part, f"is longer than {MAX_FIELD_BYTES} bytes.")
+            raise _refused(self._part, f"is longer than {MAX_FIELD_BYTES} bytes: shorten it.")
 
     def _fields(self) -> dict[str, Any]:
         """The fields as JSON would have them."""

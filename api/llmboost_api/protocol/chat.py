@@ -154,7 +154,9 @@ class ChatRequest(GenerationRequest):
             )
         if self.store and self.metadata:
             check_metadata(self.metadata, "metadata")
-        self._check_min_tokens(self.most_tokens)
+        self._check_min_tokens(
+            self.most_tokens, "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
+        )
         return self
 
     @property

@@ -112,7 +112,7 @@ class CompletionRequest(GenerationRequest):
                 f"{MAX_CHOICES} choices in all. Split it.",
                 "prompt",
             )
-        self._check_min_tokens(self.max_tokens)
+        self._check_min_tokens(self.max_tokens, "max_tokens")
         return self
 
     def prompts(self) -> list[Prompt]:

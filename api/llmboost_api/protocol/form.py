@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import msgspec
 
 from llmboost.entries import Terminal, Usage
-from llmboost.jobs import GenerationJob
+from llmboost.jobs import GenerationJob, stem
 from llmboost_api.protocol import tier
 from llmboost_api.protocol.chat import ChatRequest, ChatShape
 from llmboost_api.protocol.completions import CompletionRequest, CompletionShape
@@ -37,7 +37,7 @@ class Endpoint:
     @property
     def stem(self) -> str:
         """With what its ids begin."""
-        return self.prefix if self.prefix.endswith("_") else f"{self.prefix}-"
+        return stem(self.prefix)
 
 
 CHAT = Endpoint("chat", "/v1/chat/completions", "chatcmpl", ChatRequest, ChatShape)

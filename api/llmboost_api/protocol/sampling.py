@@ -1,4 +1,4 @@
-"""The fields of a request that say how tokens are drawn; the same for both endpoints."""
+"""The fields of a request that say how tokens are drawn; the same for every endpoint."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -80,7 +80,7 @@ class StreamOptions(RequestModel):
 
 
 class GenerationRequest(RequestModel, ABC):
-    """The fields that chat and legacy completions have in common; defaults are OpenAI's."""
+    """The fields that all endpoints have in common; defaults are OpenAI's."""
 
     unsupported: ClassVar[Mapping[str, Neutral]] = {
         "user": always,
@@ -180,11 +180,12 @@ class GenerationRequest(RequestModel, ABC):
             top_logprobs=top_logprobs,
         )
 
-    def _check_min_tokens(self, max_tokens: int | None) -> None:
+    def _check_min_tokens(self, max_tokens: int | None, field: str) -> None:
+        """`field`: what the client calls the most tokens."""
         if max_tokens is not None and self.min_tokens > max_tokens:
             raise problem(
                 "invalid_value",
                 f"is {self.min_tokens}, more than the {max_tokens} tokens allowed at most: "
-                "lower it, or raise 'max_tokens'.",
+                f"lower it, or raise '{field}'.",
                 "min_tokens",
             )

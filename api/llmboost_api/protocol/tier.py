@@ -1,6 +1,6 @@
 """The service tier that a request asks for, and what it means for its jobs."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, WithJsonSchema
 
@@ -9,10 +9,11 @@ from llmboost_api.protocol.request import problem
 from llmboost_api.protocol.translate import shown
 
 Tier = Literal["auto", "default", "flex"]
+_TIERS = get_args(Tier)
 
 
 def _tier(value: Any) -> Any:
-    if value in ("auto", "default", "flex"):
+    if value in _TIERS:
         return value
     if value in ("priority", "fast", "scale"):
         raise problem(
@@ -23,7 +24,7 @@ def _tier(value: Any) -> Any:
 
 
 ServiceTier = Annotated[
-    Tier, BeforeValidator(_tier), WithJsonSchema({"type": "string", "enum": ["auto", "default", "flex"]})
+    Tier, BeforeValidator(_tier), WithJsonSchema({"type": "string", "enum": list(_TIERS)})
 ]
 
 

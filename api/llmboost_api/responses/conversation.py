@@ -6,16 +6,15 @@ or was deleted. What it keeps is bounded by the context that it had to fit into.
 
 from functools import partial
 
-from llmboost.jobs import made_at
+from llmboost.jobs import is_id
 from llmboost.streams import BEGINNING
-from llmboost_api.directory import answered
-from llmboost_api.errors import ApiError
+from llmboost_api.errors import ApiError, quoted
+from llmboost_api.patience import answered
 from llmboost_api.pod import Pod
 from llmboost_api.protocol.form import RESPONSES
 from llmboost_api.protocol.responses.items import Message
 from llmboost_api.protocol.responses.object import Progress
 from llmboost_api.responses.log import progress_of
-from llmboost_api.resume import shown
 
 PARAM = "previous_response_id"
 
@@ -31,7 +30,7 @@ async def history_of(pod: Pod, previous_id: str | None, asker: str) -> list[Mess
     """
     if previous_id is None:
         return []
-    if not RESPONSES.made(previous_id) or made_at(previous_id) is None:
+    if not is_id(previous_id, RESPONSES.prefix):
         raise _not_found(previous_id, unstored=False)
     stored = await answered(partial(pod.stored.get, previous_id))
     if stored is None or stored.owner != asker:
@@ -47,14 +46,14 @@ def _answer(previous_id: str, progress: Progress) -> list[Message]:
     if status in ("queued", "in_progress"):
         raise ApiError(
             400,
-            f"The response {shown(previous_id)} is still {status}: wait for its end, or cancel it first.",
+            f"The response {quoted(previous_id)} is still {status}: wait for its end, or cancel it first.",
             code="previous_response_not_finished",
             param=PARAM,
         )
     if status == "failed":
         raise ApiError(
             400,
-            f"The response {shown(previous_id)} failed, so nothing can follow it. Ask again what it was "
+            f"The response {quoted(previous_id)} failed, so nothing can follow it. Ask again what it was "
             f"asked, with the '{PARAM}' that it had.",
             code="previous_response_failed",
             param=PARAM,
@@ -75,7 +74,7 @@ def _not_found(previous_id: str, unstored: bool) -> ApiError:
         why = "was not found: it never was, has expired, was deleted, or another API key made it"
     return ApiError(
         400,
-        f"Previous response with id {shown(previous_id)} {why}. Send the whole conversation as 'input'.",
+        f"Previous response with id {quoted(previous_id)} {why}. Send the whole conversation as 'input'.",
         code="previous_response_not_found",
         param=PARAM,
     )

@@ -5,8 +5,8 @@ from typing import Any
 
 from llmboost.streams import StreamGap, Transcript
 from llmboost_api import errors
-from llmboost_api.directory import answered
 from llmboost_api.generation import GAP, GONE
+from llmboost_api.patience import answered
 from llmboost_api.pod import Pod
 from llmboost_api.protocol.form import Form
 from llmboost_api.protocol.responses.events import ResponseEvents

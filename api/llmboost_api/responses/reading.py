@@ -7,14 +7,14 @@ from typing import Annotated, get_args
 from fastapi import Header, Query, Request
 from pydantic import WithJsonSchema
 
-from llmboost_api.errors import ApiError
+from llmboost_api.errors import ApiError, quoted
 from llmboost_api.protocol.responses.request import Includable
-from llmboost_api.resume import HEADER, QUERY, boolean, refuse_unknown, shown
+from llmboost_api.resume import HEADER, QUERY, boolean, last_had, refuse_unknown, refused
 
-INCLUDE = {"include", "include[]"}
+_INCLUDE = {"include", "include[]"}
 """Official clients write lists with brackets."""
 _OBFUSCATION = "include_obfuscation"
-_PARAMETERS = {"stream", QUERY, _OBFUSCATION, *INCLUDE}
+_PARAMETERS = {"stream", QUERY, _OBFUSCATION, *_INCLUDE}
 _NUMBER = re.compile("-1|0|[1-9][0-9]{0,8}")
 
 
@@ -27,7 +27,7 @@ class Place:
 
     def refused(self, why: str) -> ApiError:
         """A 400 that names the parameter and its value."""
-        return _refused(self.param, str(self.number), why)
+        return refused(self.param, str(self.number), why)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,7 @@ async def event_reading(
         ApiError: a parameter is unknown or wrong (400).
     """
     refuse_unknown(request, _PARAMETERS)
-    check_include(request)
+    _check_include(request)
     if include_obfuscation is not None and boolean(_OBFUSCATION, include_obfuscation):
         raise ApiError(
             400,
@@ -78,34 +78,27 @@ async def event_reading(
     return EventReading(streamed, after)
 
 
-def check_include(request: Request) -> None:
+def _check_include(request: Request) -> None:
     """What a response holds was settled when it was made, so this adds nothing.
 
     Raises:
         ApiError: it names what no response has (400).
     """
-    for name in INCLUDE:
+    for name in _INCLUDE:
         for given in request.query_params.getlist(name):
             if given not in get_args(Includable):
                 raise ApiError(
                     400,
-                    f"'include' has {shown(given)}; known are {', '.join(get_args(Includable))}.",
+                    f"'include' has {quoted(given)}; known are {', '.join(get_args(Includable))}.",
                     code="invalid_value",
                     param="include",
                 )
 
 
 def _place(last_event_id: str | None, starting_after: str | None) -> Place | None:
-    """The header wins: an EventSource sends it when it connects again, to the URL that it was made with."""
-    for param, number in ((HEADER, last_event_id), (QUERY, starting_after)):
-        if number:
-            if not _NUMBER.fullmatch(number):
-                raise _refused(
-                    param, number, "it must be the sequence_number of an event, a whole number such as 7."
-                )
-            return Place(int(number), param)
-    return None
-
-
-def _refused(param: str, number: str, why: str) -> ApiError:
-    return ApiError(400, f"'{param}' is {shown(number)}: {why}", code="invalid_cursor", param=param)
+    param, number = last_had(last_event_id, starting_after)
+    if not number:
+        return None
+    if not _NUMBER.fullmatch(number):
+        raise refused(param, number, "it must be the sequence_number of an event, a whole number such as 7.")
+    return Place(int(number), param)

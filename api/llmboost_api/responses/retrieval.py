@@ -5,9 +5,9 @@ from typing import Any
 
 from fastapi import Request, Response
 
-from llmboost_api.directory import answered
 from llmboost_api.errors import ApiError
 from llmboost_api.middleware import rename_request
+from llmboost_api.patience import answered
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.form import RESPONSES
 from llmboost_api.protocol.responses.events import EventFramer
@@ -66,7 +66,8 @@ async def input_items(request: Request, response_id: str, asker: str) -> list[di
     if stored is None:
         raise ApiError(
             404,
-            f"The input of {response_id!r} is not kept, for it was made with 'store': false.",
+            f"The input of {response_id!r} is not kept, for it was made with 'store': false. "
+            "Leave that out to have the next one's kept.",
             code="response_not_stored",
             param="response_id",
         )

@@ -1,32 +1,29 @@
 """POST and GET /v1/batches, GET /v1/batches/{id}, POST /v1/batches/{id}/cancel."""
 
 from functools import partial
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 
 from llmboost_api import body, openapi
-from llmboost_api.auth import owner
+from llmboost_api.auth import Asker
 from llmboost_api.batches.creation import create, find
 from llmboost_api.batches.record import is_batch_id
 from llmboost_api.batches.runner import runner_of
-from llmboost_api.directory import answered
 from llmboost_api.errors import NO_RETRY, ApiError
-from llmboost_api.idempotency import idempotency_key, name_of
+from llmboost_api.idempotency import IdempotencyKey, name_of
 from llmboost_api.paging import Paging, invalid_after, page_object, query_of
+from llmboost_api.patience import answered
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.batches import BatchRequest
 
 router = APIRouter(prefix="/v1", tags=["batches"])
 
-Asker = Annotated[str, Depends(owner)]
 PATH = "/v1/batches"
 
 
 @router.post("/batches", openapi_extra=openapi.body_of(BatchRequest), responses=openapi.OBJECT)
-async def create_batch(
-    request: Request, asker: Asker, key: Annotated[str | None, Depends(idempotency_key)]
-) -> dict[str, Any]:
+async def create_batch(request: Request, asker: Asker, key: IdempotencyKey) -> dict[str, Any]:
     """Has every line of a file answered, into another file."""
     pod = pod_of(request)
     data = await body.receive(request, pod.settings.max_request_bytes)

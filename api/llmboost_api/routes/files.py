@@ -2,27 +2,34 @@
 
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
-from typing import Annotated, Any
+from typing import Any
 from urllib.parse import quote
 
-from fastapi import APIRouter, Depends, Request, Response
+from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
+from pydantic import Field
 
 from llmboost_api import openapi
-from llmboost_api.auth import owner
-from llmboost_api.errors import NO_RETRY, ApiError
-from llmboost_api.files.listing import Listing, listing
+from llmboost_api.auth import Asker
+from llmboost_api.errors import NO_RETRY, ApiError, quoted
+from llmboost_api.files.files import is_file_id
 from llmboost_api.files.record import FileRecord
 from llmboost_api.files.storage import NoSuchObject
 from llmboost_api.files.upload import receive
-from llmboost_api.paging import page_object
+from llmboost_api.paging import OrderedPaging, invalid_after, page_object, query_of
 from llmboost_api.pod import Pod, pod_of
 from llmboost_api.protocol.files import FORM
-from llmboost_api.resume import shown
 
 router = APIRouter(prefix="/v1", tags=["files"])
 
-Asker = Annotated[str, Depends(owner)]
+MOST = 10_000
+
+
+class Listing(OrderedPaging):
+    """Which files are wanted."""
+
+    limit: int = Field(MOST, ge=1, le=MOST, description="Files of a page.")
+    purpose: str | None = Field(None, description="Only files with this purpose.")
 
 
 @router.post("/files", openapi_extra=openapi.form_of(FORM), responses=openapi.OBJECT)
@@ -34,10 +41,11 @@ async def create_file(request: Request, asker: Asker) -> dict[str, Any]:
 
 
 @router.get("/files", openapi_extra=openapi.query_of(Listing), responses=openapi.OBJECT)
-async def list_files(
-    request: Request, asker: Asker, wanted: Annotated[Listing, Depends(listing)]
-) -> dict[str, Any]:
+async def list_files(request: Request, asker: Asker) -> dict[str, Any]:
     """The key's files, page by page."""
+    wanted = query_of(request, Listing)
+    if wanted.after is not None and not is_file_id(wanted.after):
+        raise invalid_after(wanted.after, "the id of a file")
     records, more = await pod_of(request).files.page(
         asker,
         after=wanted.after,
@@ -51,14 +59,14 @@ async def list_files(
 @router.get("/files/{file_id}", responses=openapi.OBJECT)
 async def retrieve_file(request: Request, file_id: str, asker: Asker) -> dict[str, Any]:
     """What is known of a file."""
-    return (await find(pod_of(request), asker, file_id)).to_object()
+    return (await _find(pod_of(request), asker, file_id)).to_object()
 
 
 @router.get("/files/{file_id}/content", responses=openapi.CONTENT, response_class=Response)
 async def retrieve_file_content(request: Request, file_id: str, asker: Asker) -> Response:
     """Its bytes."""
     pod = pod_of(request)
-    record = await find(pod, asker, file_id)
+    record = await _find(pod, asker, file_id)
     pieces = pod.files.read(record)
     try:
         # Before the headers go out, so that a storage that fails is a proper error.
@@ -79,30 +87,30 @@ async def retrieve_file_content(request: Request, file_id: str, asker: Asker) ->
 async def delete_file(request: Request, file_id: str, asker: Asker) -> dict[str, Any]:
     """Removes a file."""
     if not await pod_of(request).files.delete(asker, file_id):
-        raise unknown_file(file_id)
+        raise _unknown(file_id)
     return {"id": file_id, "object": "file", "deleted": True}
 
 
-async def find(pod: Pod, asker: str, file_id: str, param: str = "file_id") -> FileRecord:
+async def _find(pod: Pod, asker: str, file_id: str) -> FileRecord:
     """One of the asker's files.
 
     Raises:
-        ApiError: there is none (404), named by `param`; or Redis can't be asked (503).
+        ApiError: there is none (404), or Redis can't be asked (503).
     """
     record = await pod.files.get(asker, file_id)
     if record is None:
-        raise unknown_file(file_id, param)
+        raise _unknown(file_id)
     return record
 
 
-def unknown_file(file_id: str, param: str = "file_id") -> ApiError:
+def _unknown(file_id: str) -> ApiError:
     """Also if it is another key's: whether there is one is nobody else's business."""
     return ApiError(
         404,
-        f"There is no file {shown(file_id)} here. Check the id: the file may have expired or been deleted, "
+        f"There is no file {quoted(file_id)} here. Check the id: the file may have expired or been deleted, "
         "and only the API key that made it can see it.",
         code="file_not_found",
-        param=param,
+        param="file_id",
     )
 
 

@@ -6,8 +6,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from pydantic import Field
 
 from llmboost_api import ending, openapi
-from llmboost_api.auth import owner
-from llmboost_api.idempotency import idempotency_key
+from llmboost_api.auth import Asker
+from llmboost_api.idempotency import IdempotencyKey
 from llmboost_api.paging import OrderedPaging, page_of, query_of
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.form import RESPONSES
@@ -28,28 +28,20 @@ class ItemsListing(OrderedPaging):
     include: list[Includable] = Field([], description="Adds nothing: items have what there is of them.")
 
 
-Asker = Annotated[str, Depends(owner)]
-
-
 @router.post(
     "/responses",
     dependencies=[Depends(beginning)],
     openapi_extra=openapi.body_of(ResponseRequest),
     responses=openapi.ANSWERS,
 )
-async def create(
-    request: Request, asker: Asker, key: Annotated[str | None, Depends(idempotency_key)]
-) -> Response:
+async def create(request: Request, asker: Asker, key: IdempotencyKey) -> Response:
     """Answers what is said, in a conversation if it follows another response."""
     return await create_response(request, asker, key)
 
 
 @router.get("/responses/{response_id}", responses=openapi.ANSWERS_AGAIN)
 async def retrieve(
-    request: Request,
-    response_id: str,
-    asker: Asker,
-    wanted: Annotated[EventReading, Depends(event_reading)],
+    request: Request, response_id: str, asker: Asker, wanted: Annotated[EventReading, Depends(event_reading)]
 ) -> Response:
     """The response as it stands, whatever its state; or its events, to its end."""
     return await retrieve_response(request, response_id, asker, wanted)
@@ -60,7 +52,7 @@ async def cancel(request: Request, response_id: str, asker: Asker) -> dict[str, 
     """Ends the response at its next token, from any pod, and returns it; one that has ended as it is."""
     pod = pod_of(request)
     form = await find(pod, RESPONSES, response_id, asker)
-    await ending.cancel(pod, RESPONSES, response_id, asker)
+    await ending.end(pod, response_id, form)
     return await object_of(pod, response_id, form)
 
 

@@ -1,12 +1,12 @@
 """Stored chat completions: GET /v1/chat/completions; and by id: POST, DELETE, and GET …/messages."""
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 from pydantic import Field
 
 from llmboost_api import body, ending, openapi, stored_chat
-from llmboost_api.auth import owner
+from llmboost_api.auth import Asker
 from llmboost_api.paging import Order, OrderedPaging, page_object, page_of, query_of
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.form import CHAT
@@ -14,7 +14,6 @@ from llmboost_api.protocol.metadata import Metadata
 from llmboost_api.protocol.request import RequestModel
 
 router = APIRouter(prefix="/v1/chat/completions", tags=["chat"], responses=openapi.ERRORS)
-Asker = Annotated[str, Depends(owner)]
 
 
 class Listing(OrderedPaging):

@@ -29,8 +29,8 @@ from llmboost.entries import NO_FOLLOW_UP, ArqJob, FollowUp
 from llmboost.jobs import now
 from llmboost.settings import ApiSettings
 from llmboost.streams import TokenStreams, persist
-from llmboost_api.generation import discard
 from llmboost_api.protocol.responses.object import Progress
+from llmboost_api.tasks import discard
 from llmboost_api.webhooks.events import Event
 from llmboost_api.webhooks.sender import WITHIN_S, DeliveryFailed, Sender
 from llmboost_api.webhooks.targets import Target, TargetRefused

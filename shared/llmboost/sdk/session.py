@@ -13,7 +13,7 @@ from typing import Any
 from redis.exceptions import AuthenticationError, RedisError
 
 from llmboost.connection import connect
-from llmboost.entries import Delta, ReadEntry, StreamError, Terminal
+from llmboost.entries import CANCELLED_TYPE, Delta, ReadEntry, StreamError, Terminal
 from llmboost.jobs import GenerationJob, Prompt, SamplingParams, new_id, now
 from llmboost.queue import JobQueue
 from llmboost.registry import ModelCard, Registry
@@ -33,7 +33,7 @@ CLOSE_TIMEOUT_S = 3.0
 _FIRST_NOTE_S, _NOTES_S = 2.0, 20.0
 
 STOPPED = StreamError(
-    "The request was cancelled: its client was stopped.", "request_cancelled", "client_gone", status=499
+    "The request was cancelled: its client was stopped.", CANCELLED_TYPE, "client_gone", status=499
 )
 GONE = StreamError("The answer expired or was lost with its server. Ask again.", code="stream_gone")
 GAP = StreamError("A part of the answer was lost, so it ends here. Ask again.", code="stream_gap")

@@ -6,15 +6,12 @@ from typing import Any, Literal
 
 import msgspec
 
-from llmboost.entries import Delta, Entry, Started, StreamError, Terminal, TokenLogprob, Usage
+from llmboost.entries import CANCELLED_TYPE, Delta, Entry, Started, StreamError, Terminal, TokenLogprob, Usage
 from llmboost.jobs import derived_id
 from llmboost_api.protocol.responses.items import text_part
 from llmboost_api.protocol.shape import Choice, finite
 
 Status = Literal["queued", "in_progress", "completed", "incomplete", "failed", "cancelled"]
-
-CANCELLED = "request_cancelled"
-"""Type of the errors in which a stream ends because somebody wanted it to: by its id, or by leaving."""
 
 _ERROR_CODES = {400: "invalid_prompt", 429: "rate_limit_exceeded"}
 """By HTTP status. OpenAI has a closed list of codes; the message says more."""
@@ -24,7 +21,7 @@ def _status(started: bool, finish_reason: str | None, terminal: Terminal | None)
     if terminal is None:
         return "in_progress" if started else "queued"
     if terminal.error is not None:
-        return "cancelled" if terminal.error.type == CANCELLED else "failed"
+        return "cancelled" if terminal.error.type == CANCELLED_TYPE else "failed"
     return "incomplete" if finish_reason == "length" else "completed"
 
 

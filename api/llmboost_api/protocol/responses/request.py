@@ -133,7 +133,7 @@ class ResponseRequest(GenerationRequest):
                 "stored. Change one of them.",
                 "background",
             )
-        self._check_min_tokens(self.max_output_tokens)
+        self._check_min_tokens(self.max_output_tokens, "max_output_tokens")
         return self
 
     @classmethod

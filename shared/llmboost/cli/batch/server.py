@@ -16,7 +16,8 @@ from llmboost.cli.batch.options import ServerOptions
 
 T = TypeVar("T")
 
-_TIMEOUT_S, _CONNECT_TIMEOUT_S = 120.0, 10.0
+_TIMEOUT_S, _CONNECT_TIMEOUT_S = 60.0, 10.0
+"""Of one read or write, not of a whole transfer."""
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.25, 5.0
 _AWAY = (408, 429, 502, 503, 504)
 """Statuses that pass."""
@@ -95,7 +96,7 @@ class Server:
         self._http = httpx.Client(
             base_url=options.url,
             headers=headers,
-            timeout=httpx.Timeout(60, connect=10),
+            timeout=httpx.Timeout(_TIMEOUT_S, connect=_CONNECT_TIMEOUT_S),
             follow_redirects=True,
         )
 
