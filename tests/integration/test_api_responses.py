@@ -244,6 +244,20 @@ async def test_a_request_sent_again_joins_the_first(
     assert len(worker.jobs) == 2
 
 
+async def test_a_request_sent_again_needs_nothing_but_its_answer(
+    pod: RunningPod, worker: ScriptedWorker
+) -> None:
+    """What it followed may have been deleted since."""
+    previous = await pod.openai.responses.create(model=MODEL, input="x")
+    again = {"model": MODEL, "input": "y", "previous_response_id": previous.id}
+    first = await pod.http.post(RESPONSES, json=again, headers={"Idempotency-Key": "k"})
+    await pod.openai.responses.delete(previous.id)
+    second = await pod.http.post(RESPONSES, json=again, headers={"Idempotency-Key": "k"})
+    assert (second.status_code, second.content) == (200, first.content)
+    other = await pod.http.post(RESPONSES, json={**again, "input": "z"}, headers={"Idempotency-Key": "k"})
+    check_error(other, 409, "idempotency_key_reused", "Idempotency-Key")
+
+
 async def test_the_official_client_raises_what_is_refused(pod: RunningPod, worker: ScriptedWorker) -> None:
     with pytest.raises(BadRequestError) as refused:
         await pod.openai.responses.create(model=MODEL, input="x", previous_response_id="resp_123")
