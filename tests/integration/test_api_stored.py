@@ -178,6 +178,8 @@ async def test_a_completion_belongs_to_the_key_that_made_it(redis_url: str, work
         ("order=up", "order"),
         ("colour=red", "colour"),
         ("metadata=red", "metadata"),
+        ("after=chatcmpl-1", "after"),
+        ("after=resp_6b0747c6f79354ada646fd24f2c0f59a", "after"),
     ],
 )
 async def test_a_wrong_query_is_named(pod: RunningPod, query: str, param: str) -> None:
