@@ -38,6 +38,13 @@ def query_of(request: Request, model: type[P]) -> P:
     Raises:
         ApiError: a parameter is unknown or wrong (400).
     """
+    try:
+        return model.model_validate(_fields(request), strict=False)
+    except ValidationError as invalid:
+        raise first_error(invalid, model) from None
+
+
+def _fields(request: Request) -> dict[str, Any]:
     query: dict[str, Any] = {}
     for name, value in request.query_params.multi_items():
         nested = _NESTED.fullmatch(name)
@@ -56,10 +63,7 @@ def query_of(request: Request, model: type[P]) -> P:
                 code="invalid_value",
                 param=field,
             )
-    try:
-        return model.model_validate(query, strict=False)
-    except ValidationError as invalid:
-        raise first_error(invalid, model) from None
+    return query
 
 
 def invalid_after(after: str, wanted: str) -> ApiError:
