@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 
 from llmboost.entries import StreamError
 
@@ -108,10 +109,21 @@ async def _on_http_error(request: Request, error: Exception) -> Response:
         message = f"There is nothing at {path}. GET /openapi.json lists what there is."
         what["code"] = "unknown_url"
     elif error.status_code == 405:
-        allowed = (error.headers or {}).get("allow") or (error.headers or {}).get("Allow", "another method")
-        message = f"{path} does not take {method}: use {allowed}."
-        what["code"] = "method_not_allowed"
-    return ApiError(error.status_code, message, headers=error.headers, **what).response()
+        allowed = _methods(request)
+        first = ", ".join(allowed[:-1])
+        message = f"{path} does not take {method}: use {f'{first} or ' if first else ''}{allowed[-1]}."
+        what |= {"code": "method_not_allowed", "headers": {"allow": ", ".join(allowed)}}
+    return ApiError(error.status_code, message, **{"headers": error.headers, **what}).response()
+
+
+def _methods(request: Request) -> list[str]:
+    """All that this path takes. Starlette names those of the first of its routes only."""
+
+    def takes(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return [method for method in ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT") if takes(method)]
 
 
 def install(app: FastAPI) -> None:

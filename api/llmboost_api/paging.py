@@ -12,7 +12,7 @@ from llmboost_api.protocol.request import RequestModel
 from llmboost_api.protocol.translate import first_error
 
 Order = Literal["asc", "desc"]
-_NESTED = re.compile(r"(\w+)\[(\w*)\]")
+_NESTED = re.compile(r"(\w+)\[(.*)\]", re.DOTALL)
 
 
 class Paging(RequestModel):
@@ -37,19 +37,32 @@ def query_of(request: Request, model: type[P]) -> P:
     Raises:
         ApiError: a parameter is unknown or wrong (400).
     """
+    try:
+        return model.model_validate(_fields(request), strict=False)
+    except ValidationError as invalid:
+        raise first_error(invalid, model) from None
+
+
+def _fields(request: Request) -> dict[str, Any]:
     query: dict[str, Any] = {}
     for name, value in request.query_params.multi_items():
         nested = _NESTED.fullmatch(name)
-        if nested is None:
-            query[name] = value
-        elif nested[2]:
-            query.setdefault(nested[1], {})[nested[2]] = value
+        field, key = (name, None) if nested is None else nested.groups()
+        given = query.setdefault(field, value if key is None else {} if key else [])
+        if key is None and isinstance(given, str):
+            query[field] = value
+        elif key and isinstance(given, dict):
+            given[key] = value
+        elif key == "" and isinstance(given, list):
+            given.append(value)
         else:
-            query.setdefault(nested[1], []).append(value)
-    try:
-        return model.model_validate(query, strict=False)
-    except ValidationError as invalid:
-        raise first_error(invalid, model) from None
+            raise ApiError(
+                400,
+                f"'{field}' is given in two ways: as a value, a list or an object. Give it in one.",
+                code="invalid_value",
+                param=field,
+            )
+    return query
 
 
 def invalid_after(after: str, wanted: str) -> ApiError:

@@ -90,8 +90,8 @@ def _expired(completion_id: str, made: float, endpoint: Endpoint, settings: ApiS
     return ApiError(
         410,
         f"The {endpoint.noun} {completion_id!r} of {when} is not kept any more: an answer stays for "
-        f"{settings.retention:g} s after its end, a stored one for {settings.response_ttl:g} s, unless it is "
-        "lost with its server. Send the request again.",
+        f"{settings.retention:.12g} s after its end, a stored one for {settings.response_ttl:.12g} s, "
+        "unless it is lost with its server. Send the request again.",
         code=f"{endpoint.noun}_expired",
         param=f"{endpoint.noun}_id",
     )

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from llmboost.entries import NO_FOLLOW_UP, FollowUp
 from llmboost.jobs import GenerationJob, JobClass, Prompt, made_at, now
@@ -96,6 +97,22 @@ async def submit(
         if stored is not None and not accepted:
             await answered(lambda: pod.stored.discard(completion_id, stored.owner))
     return completion_id, submission.form
+
+
+async def made_before(pod: Pod, name: RequestName | None) -> tuple[str, Form] | None:
+    """The completion, of one job, that a request of the same name has made, and its form; or None.
+
+    For requests that need more than themselves: it may be gone when they are sent again.
+
+    Raises:
+        ApiError: the name is another request's (409), or Redis can't be asked (503).
+    """
+    taken = None if name is None else await answered(partial(pod.queue.submitted_before, name.once("")))
+    if name is None or taken is None:
+        return None
+    completion_id = name.completion_of(taken)
+    queued, _ = await answered(partial(pod.streams.find, completion_id, BEGINNING))
+    return None if queued is None else (completion_id, decode_form(queued.form))
 
 
 async def _join(pod: Pod, make: Callable[[str], Submission], completion_id: str) -> tuple[str, Form]:

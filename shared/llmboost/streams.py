@@ -207,6 +207,14 @@ return outcome
 """
 )
 
+_DELETE = Script("""
+for _, stream in ipairs(KEYS) do
+  local first = (redis.call('XRANGE', stream, '-', '+', 'COUNT', 1)[1] or {0, {}})[2]
+  for i = 1, #first, 2 do if first[i] == 'expires_with' then redis.call('UNLINK', first[i + 1]) end end
+  redis.call('UNLINK', stream)
+end
+""")
+
 _PASSING = (
     "LOADING",
     "READONLY",
@@ -378,10 +386,9 @@ class TokenStreams(Audience):
 
     # Whoever no longer wants it
 
-    async def delete(self, job_ids: Sequence[str]) -> int:
-        """Forgets streams, which should have been sealed; returns how many there were. A worker that still
-        writes one learns that it is gone."""
-        return int(await self.redis.unlink(*map(keys.stream, job_ids))) if job_ids else 0
+    async def delete(self, job_ids: Sequence[str]) -> None:
+        """Forgets sealed streams and what expires with them. Whoever writes one learns that it is gone."""
+        await _DELETE(self.redis, [keys.stream(job_id) for job_id in job_ids], [])
 
 
 def append_to(pipe: Any, job_id: str, entry_id: str, entry: Entry) -> None:

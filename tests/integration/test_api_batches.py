@@ -302,7 +302,8 @@ async def test_other_keys_see_nothing(redis_url: str, worker: ScriptedWorker) ->
 async def test_unknown_batches(pod: RunningPod) -> None:
     """A 404 says so."""
     for batch_id in ("batch_nowhere", "batch_6b07383044d3135ff038a8ee244c47a3", "x"):
-        check_error(await pod.http.get(f"{PATH}/{batch_id}"), 404, "batch_not_found", "batch_id")
+        told = check_error(await pod.http.get(f"{PATH}/{batch_id}"), 404, "batch_not_found", "batch_id")
+        assert "2592000 s" in told
         check_error(await pod.http.post(f"{PATH}/{batch_id}/cancel"), 404, "batch_not_found", "batch_id")
 
 

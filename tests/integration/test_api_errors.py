@@ -10,6 +10,7 @@ import openai
 import pytest
 
 from llmboost.embedded import free_port
+from llmboost.jobs import new_id
 from llmboost_api import generation, patience
 from llmboost_api.auth import fingerprint
 from llmboost_api.routes import models
@@ -103,6 +104,9 @@ async def test_unknown_places(pod: RunningPod) -> None:
     response = await pod.http.get("/v1/completions")
     assert "use POST" in check_error(response, 405, "method_not_allowed")
     assert response.headers["allow"] == "POST"
+    response = await pod.http.put(f"/v1/chat/completions/{new_id('chatcmpl-')}")
+    assert "use DELETE, GET or POST." in check_error(response, 405, "method_not_allowed")
+    assert response.headers["allow"] == "DELETE, GET, POST"
 
 
 async def test_unknown_model(pod: RunningPod, worker: ScriptedWorker) -> None:

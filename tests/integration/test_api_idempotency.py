@@ -162,6 +162,21 @@ async def test_a_name_lasts_as_long_as_its_answer(
             assert 0 < await redis.ttl(name) <= lasts
 
 
+async def test_a_deleted_answer_frees_its_name(
+    pod: RunningPod, worker: ScriptedWorker, redis: ArqRedis
+) -> None:
+    """There is nothing to join any more: the same request is a new one."""
+    for path, body in ((CHAT, chat(store=True)), ("/v1/responses", {"model": MODEL, "input": "x"})):
+        first = (await pod.http.post(path, json=body, headers=KEY)).json()["id"]
+        assert (await pod.http.delete(f"{path}/{first}")).status_code == 200
+        assert await redis.keys("llmboost:once:*") == []
+        second = await pod.http.post(path, json=body, headers=KEY)
+        assert second.status_code == 200
+        assert second.json()["id"] != first
+        await redis.flushdb()
+        await worker.announce()
+
+
 async def test_a_request_that_was_not_accepted_takes_no_name(
     redis_url: str, redis: ArqRedis, worker: ScriptedWorker
 ) -> None:

@@ -171,7 +171,7 @@ async def test_what_the_server_gave_may_be_sent_back(pod: RunningPod, worker: Sc
             "text.format",
             "json_schema",
         ),
-        ({"text": {"verbosity": "low"}}, "text.verbosity", "verbosity"),
+        ({"text": {"verbosity": "low"}}, "text.verbosity", "not supported"),
         ({"truncation": "auto"}, "truncation", "auto"),
         ({"background": True, "store": False}, "background", "store"),
         ({"conversation": "conv_1"}, "conversation", "not supported"),
@@ -185,7 +185,7 @@ async def test_what_the_server_gave_may_be_sent_back(pod: RunningPod, worker: Sc
         ({"n": 2}, "n", "at most 1"),
         ({"max_tokens": 5}, "max_tokens", "max_output_tokens"),
         ({"metadata": {"a": 1}}, "metadata", "strings"),
-        ({"stream": True, "stream_options": {"include_obfuscation": True}}, None, "include_obfuscation"),
+        ({"stream": True, "stream_options": {"include_obfuscation": True}}, None, "not supported"),
         ({"previous_response_id": "resp_1"}, "previous_response_id", "not found"),
     ],
 )
@@ -242,6 +242,20 @@ async def test_a_request_sent_again_joins_the_first(
     ]
     assert events_in(texts[0]) == events_in(texts[1])
     assert len(worker.jobs) == 2
+
+
+async def test_a_request_sent_again_needs_nothing_but_its_answer(
+    pod: RunningPod, worker: ScriptedWorker
+) -> None:
+    """What it followed may have been deleted since."""
+    previous = await pod.openai.responses.create(model=MODEL, input="x")
+    again = {"model": MODEL, "input": "y", "previous_response_id": previous.id}
+    first = await pod.http.post(RESPONSES, json=again, headers={"Idempotency-Key": "k"})
+    await pod.openai.responses.delete(previous.id)
+    second = await pod.http.post(RESPONSES, json=again, headers={"Idempotency-Key": "k"})
+    assert (second.status_code, second.content) == (200, first.content)
+    other = await pod.http.post(RESPONSES, json={**again, "input": "z"}, headers={"Idempotency-Key": "k"})
+    check_error(other, 409, "idempotency_key_reused", "Idempotency-Key")
 
 
 async def test_the_official_client_raises_what_is_refused(pod: RunningPod, worker: ScriptedWorker) -> None:

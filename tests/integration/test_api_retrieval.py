@@ -122,7 +122,9 @@ async def test_what_has_expired_is_gone(pod: RunningPod, worker: ScriptedWorker,
     await redis.delete(keys.stream(id_in(text)))
     for query in ({}, {"stream": "true"}, {"stream": "true", "starting_after": SEAL_ID}):
         response = await pod.http.get(f"{CHAT}/{id_in(text)}", params=query)
-        assert "not kept any more" in check_error(response, 410, "completion_expired", "completion_id")
+        told = check_error(response, 410, "completion_expired", "completion_id")
+        assert "not kept any more" in told
+        assert "2592000 s" in told
 
 
 async def test_after_the_last_frame_there_is_no_content(pod: RunningPod, worker: ScriptedWorker) -> None:

@@ -114,6 +114,16 @@ async def test_a_list_comes_in_pages_of_either_order_and_filtered(pods: Turns[As
     assert len((await pods.next.chat.completions.list(model=MODEL)).data) == 5
 
 
+async def test_any_metadata_can_be_looked_for(pods: Turns[AsyncOpenAI]) -> None:
+    """Keys and values are text, whatever else a query uses of it."""
+    metadata = {"user-id": "a&b=c", "a.b c": "ü/", "x[y]": "[]"}
+    made = await stored(pods, metadata=metadata)
+    await stored(pods, metadata={"user-id": "a"})
+    for wanted in (*({key: metadata[key]} for key in metadata), metadata):
+        page = await pods.next.chat.completions.list(metadata=wanted)
+        assert [completion.id for completion in page.data] == [made]
+
+
 async def test_whoever_deletes_while_listing_misses_nothing(pods: Turns[AsyncOpenAI]) -> None:
     made = {await stored(pods) for _ in range(7)}
     for order in ("asc", "desc"):
@@ -167,6 +177,11 @@ async def test_a_completion_belongs_to_the_key_that_made_it(redis_url: str, work
         ("order=up", "order"),
         ("colour=red", "colour"),
         ("metadata=red", "metadata"),
+        ("metadata=red&metadata[a]=b", "metadata"),
+        ("metadata[]=red&metadata[a]=b", "metadata"),
+        ("limit=1&limit[]=2", "limit"),
+        ("after=chatcmpl-1", "after"),
+        ("after=resp_6b0747c6f79354ada646fd24f2c0f59a", "after"),
     ],
 )
 async def test_a_wrong_query_is_named(pod: RunningPod, query: str, param: str) -> None:

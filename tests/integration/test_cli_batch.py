@@ -98,6 +98,15 @@ def test_a_line_that_is_not_json_is_named_before_anything_is_sent(
     assert files() == {"in.jsonl"}
 
 
+def test_a_file_from_an_editor_that_marks_it_is_taken(batch: Run) -> None:
+    """A byte order mark, line ends of Windows, blank lines at the end: the server takes them too."""
+    write("a", "b")
+    text = Path("in.jsonl").read_text().replace("\n", "\r\n")
+    Path("in.jsonl").write_bytes(b"\xef\xbb\xbf" + text.encode() + b"\r\n\r\n")
+    assert batch("run", "in.jsonl", "-o", "out.jsonl") == 0
+    assert len(Path("out.jsonl").read_text().splitlines()) == 2
+
+
 def test_lines_that_the_server_refuses_are_named(batch: Run, capsys: pytest.CaptureFixture[str]) -> None:
     write("a", "b", "c")
     Path("in.jsonl").write_text(Path("in.jsonl").read_text().replace('"custom_id": "b", ', ""))

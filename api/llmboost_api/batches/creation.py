@@ -37,7 +37,8 @@ async def find(pod: Pod, store: BatchStore, batch_id: str, asker: str) -> Batch:
         raise ApiError(
             404,
             f"There is no batch {quoted(batch_id)} here. Check the id: a batch is kept for "
-            f"{pod.settings.response_ttl:g} s after its end, and only the API key that made it can see it.",
+            f"{pod.settings.response_ttl:.12g} s after its end, "
+            "and only the API key that made it can see it.",
             code="batch_not_found",
             param="batch_id",
         )

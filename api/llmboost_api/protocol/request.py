@@ -54,8 +54,7 @@ class RequestModel(BaseModel):
                     kept[name] = value
             elif name in cls.unsupported:
                 if value is not None and not cls.unsupported[name](value):
-                    # Left for pydantic to refuse, which knows where in the body it is.
-                    kept[name] = value
+                    raise PydanticCustomError("unsupported", "", {"param": name, "given": value})
             else:
                 kept[name] = value
         return kept

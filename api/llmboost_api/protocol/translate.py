@@ -14,6 +14,7 @@ SHOWN = 60
 
 _TYPES = {
     "int_type": "an integer",
+    "int_parsing": "an integer",
     "float_type": "a number",
     "bool_type": "true or false",
     "string_type": "a string",
@@ -44,10 +45,16 @@ def _explain(error: ErrorDetails, param: str, model: type[RequestModel]) -> tupl
     kind, context, value = error["type"], error.get("ctx", {}), error["input"]
     if kind == "api_error":
         return context["code"], f"'{param}' {context['message']}"
+    if kind == "unsupported":
+        given = shown(context["given"])
+        return (
+            "unsupported_parameter",
+            f"'{param}' is not supported by this server (given: {given}). Remove it from the request.",
+        )
     if kind == "missing":
         return "missing_required_parameter", f"'{param}' is missing: add it to the request."
     if kind == "extra_forbidden":
-        return _unknown(error["loc"], param, value, model)
+        return _unknown(error["loc"], param, model)
     if kind in _TYPES:
         return "invalid_type", f"'{param}' must be {_TYPES[kind]}, not {shown(value)}."
     if kind in _BOUNDS:
@@ -72,16 +79,8 @@ def _bound(limit: float) -> str:
     return str(limit) if isinstance(limit, int) else f"{limit:g}"
 
 
-def _unknown(
-    loc: tuple[int | str, ...], param: str, value: Any, model: type[RequestModel]
-) -> tuple[str, str]:
-    name = str(loc[-1])
-    if len(loc) == 1 and name in model.unsupported:
-        return (
-            "unsupported_parameter",
-            f"'{param}' is not supported by this server (given: {shown(value)}). Remove it from the request.",
-        )
-    closest = model.closest(name) if len(loc) == 1 else None
+def _unknown(loc: tuple[int | str, ...], param: str, model: type[RequestModel]) -> tuple[str, str]:
+    closest = model.closest(str(loc[-1])) if len(loc) == 1 else None
     hint = f" Did you mean '{closest}'?" if closest else " Remove it from the request."
     return "unknown_parameter", f"'{param}' is not a parameter that this server knows.{hint}"
 

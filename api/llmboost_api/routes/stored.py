@@ -5,9 +5,10 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import Field
 
+from llmboost.jobs import made_at
 from llmboost_api import body, ending, openapi, stored_chat
 from llmboost_api.auth import Asker
-from llmboost_api.paging import Order, OrderedPaging, page_object, page_of, query_of
+from llmboost_api.paging import Order, OrderedPaging, invalid_after, page_object, page_of, query_of
 from llmboost_api.pod import pod_of
 from llmboost_api.protocol.form import CHAT
 from llmboost_api.protocol.metadata import Metadata
@@ -40,6 +41,8 @@ class Update(RequestModel):
 async def list_chat_completions(request: Request, asker: Asker) -> dict[str, Any]:
     """The stored completions of this API key that are complete."""
     wanted = query_of(request, Listing)
+    if wanted.after is not None and not (CHAT.made(wanted.after) and made_at(wanted.after)):
+        raise invalid_after(wanted.after, "the id of a chat completion")
     found = await stored_chat.completions(
         pod_of(request),
         asker,

@@ -14,6 +14,8 @@ import msgspec
 from llmboost.cli.batch.options import STANDARD
 from llmboost.cli.flags import UsageError
 
+_BOM = b"\xef\xbb\xbf"
+"""Some editors begin a file with it."""
 _SHOWN = 10
 """So many mistakes are shown."""
 
@@ -70,6 +72,8 @@ def _look_through(name: str, file: BinaryIO) -> Source:
     first: _Line | None = None
     lines, mistakes = 0, []
     for number, text in enumerate(file, 1):
+        if number == 1:
+            text = text.removeprefix(_BOM)
         if not text.strip():
             continue
         lines += 1
