@@ -171,6 +171,10 @@ class JobQueue(LeasedJobs):
         if not accepted:
             raise QueueFull(f"{max_queued} requests for {job.model!r} are waiting already")
 
+    async def taken_by(self, once: Once) -> bytes | None:
+        """What a name stands for; None if it is free."""
+        return cast("bytes | None", await self.redis.get(once.key))
+
     async def forget(self, once: Once) -> None:
         """Frees a name, if it still stands for that request."""
         await _FORGET(self.redis, [once.key], [once.value])

@@ -355,6 +355,14 @@ class TokenStreams(Audience):
             pipe.xrevrange(keys.stream(job_id), count=1)
         return [top[0][0] == SEAL_ID.encode() if top else None for top in await pipe.execute()]
 
+    async def terminals(self, job_ids: Sequence[str]) -> list[Terminal | None]:
+        """What each stream ended with; None if it has not ended, or is not there."""
+        pipe = self.redis.pipeline(transaction=False)
+        for job_id in job_ids:
+            pipe.xrevrange(keys.stream(job_id), count=1)
+        newest = [decode(top)[0][1] if top else None for top in await pipe.execute()]
+        return [entry if isinstance(entry, Terminal) else None for entry in newest]
+
     async def read(self, job_id: str) -> list[ReadEntry]:
         """All entries so far, without waiting; none too if there is no stream."""
         return decode(await self.redis.xrange(keys.stream(job_id)))
