@@ -27,6 +27,10 @@ QUICK = (
     "tests/integration/test_worker.py",
     "tests/integration/test_worker_leases.py",
     "tests/unit/test_engine_resume.py",
+    "tests/integration/test_priorities.py",
+    "tests/integration/test_api_idempotency.py",
+    "tests/integration/test_batch_deaths.py",
+    "tests/integration/test_webhooks.py",
 )
 FAULTS = ("tests/faults/test_workers.py", "tests/faults/test_redis.py", "tests/faults/test_pods.py")
 FAULTS_OF = {
