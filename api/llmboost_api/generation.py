@@ -175,8 +175,15 @@ class Generations:
         form: Form,
         follow_up: FollowUp = NO_FOLLOW_UP,
         once: Once | None = None,
+        *,
+        again: bool = False,
     ) -> None:
         """Enqueues all of the jobs, with how to write down their answer, or withdraws those that it had.
+
+        A request with a name may be sent again, and another's jobs joined, before its outcome is known. So
+        what may have been accepted under one is not withdrawn.
+
+        `again`: some of the jobs may be there already, of another try of the same request.
 
         Raises:
             SubmittedBefore: by the name `once`, which goes with the first job.
@@ -196,7 +203,8 @@ class Generations:
                 async with asyncio.timeout(SUBMIT_PATIENCE_S), self._slots:
                     await persist(enqueue)
             except QueueFull as full:
-                self._withdraw(jobs[: number - 1], once)
+                if not again:
+                    self._withdraw(jobs[: number - 1], once)
                 raise ApiError(
                     429,
                     f"{full}. Try again in a few seconds, or have the operator add workers or raise "
@@ -207,7 +215,8 @@ class Generations:
                 ) from None
             except (TimeoutError, RedisError, OSError) as error:
                 # The job may be in the queue all the same, and a client may send the request again.
-                self._withdraw(jobs[:number], once)
+                if once is None and not again:
+                    self._withdraw(jobs[:number], None)
                 raise no_redis(error) from error
 
     def _withdraw(self, jobs: Sequence[GenerationJob], once: Once | None) -> None:
@@ -219,10 +228,11 @@ class Generations:
         terminal = Terminal(self._pod_id, error=NOT_ACCEPTED)
         try:
             async with asyncio.timeout(WITHDRAW_TIMEOUT_S):
-                if once is not None:
-                    await persist(partial(self.queue.forget, once))
                 for job in jobs:
                     await persist(partial(self.queue.cancel, job.id, terminal))
+                # Not before: the seal has an effect on the name, which may be another request's by then.
+                if once is not None:
+                    await persist(partial(self.queue.forget, once))
         except (TimeoutError, RedisError, OSError) as error:
             logger.warning("not withdrawn: job_id=%s %s", jobs[0].id, type(error).__name__)
 

@@ -52,6 +52,17 @@ class RequestName:
         return completion_id
 
 
+def deleted() -> ApiError:
+    """The answer that a name stands for was deleted."""
+    return ApiError(
+        410,
+        f"The answer to the request with this {HEADER} was deleted. To ask anew, give another key.",
+        code="answer_deleted",
+        param=HEADER,
+        headers=NO_RETRY,
+    )
+
+
 async def idempotency_key(
     key: Annotated[
         str | None,

@@ -45,15 +45,15 @@ class StoredAnswers:
     async def put(self, completion_id: str, answer: StoredAnswer, lasts: float, *, listed: bool) -> None:
         """Keeps a record for the seconds that the answer takes at most, and the time to live after that.
 
-        `listed`: it is found by `ids`, too.
+        `listed`: it is found by `ids`, too. What is there already stays as it is.
         """
         ttl_ms = int((lasts + self.ttl) * 1000)
         async with self.redis.pipeline(transaction=True) as pipe:
-            pipe.set(keys.stored(completion_id), _encode(answer), px=ttl_ms)
+            pipe.set(keys.stored(completion_id), _encode(answer), px=ttl_ms, nx=True)
             if listed:
                 index = keys.stored_by(answer.owner)
                 made = int(now() * 1000)
-                pipe.zadd(index, {completion_id: made})
+                pipe.zadd(index, {completion_id: made}, nx=True)
                 pipe.zremrangebyscore(index, "-inf", made - ttl_ms)
                 pipe.pexpire(index, ttl_ms)
             await pipe.execute()

@@ -4,20 +4,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from llmboost.audience import NOBODY_READS
 from llmboost.entries import NO_FOLLOW_UP, FollowUp
 from llmboost.jobs import GenerationJob, JobClass, Prompt, made_at, now
-from llmboost.queue import SubmittedBefore
+from llmboost.queue import ORPHAN_ERROR, SubmittedBefore
 from llmboost.registry import ModelCard
 from llmboost.streams import BEGINNING
 from llmboost_api.errors import unavailable
-from llmboost_api.idempotency import RequestName
-from llmboost_api.jobs import make_jobs
+from llmboost_api.generation import NOT_ACCEPTED
+from llmboost_api.idempotency import RequestName, deleted
+from llmboost_api.jobs import job_ids, make_jobs
 from llmboost_api.patience import answered
 from llmboost_api.pod import Pod
 from llmboost_api.protocol import tier
 from llmboost_api.protocol.form import Endpoint, Form, decode_form
 from llmboost_api.protocol.sampling import GenerationRequest
 from llmboost_api.stored import StoredAnswer
+
+_NO_ANSWER = {error.code for error in (NOBODY_READS, ORPHAN_ERROR, NOT_ACCEPTED)}
+"""In which requests end that nobody waited for, or that were lost. Who sends one again is to be answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,55 +79,100 @@ def make_submission(
 async def submit(
     pod: Pod, make: Callable[[str], Submission], completion_id: str, name: RequestName | None = None
 ) -> tuple[str, Form]:
-    """Submits what `make` makes under this id, unless a request of the same name was accepted before; returns
-    the id and the form of the completion to follow.
+    """Submits what `make` makes under this id, unless a request of the same name was accepted before and
+    answered, or still is; returns the id and the form of the completion to follow.
 
     Raises:
-        ApiError: the queue is full (429) or can't be reached (503), or the name is another request's (409).
+        ApiError: the queue is full (429) or can't be reached (503), the name is another request's (409), or
+            the answer was deleted (410).
     """
     submission = make(completion_id)
-    stored, jobs = submission.stored, submission.jobs
-    if stored is not None:
-        lasts = jobs[0].deadline - jobs[0].created
-        await answered(lambda: pod.stored.put(completion_id, stored, lasts, listed=submission.listed))
-    once = None if name is None else name.once(completion_id)
+    await _store(pod, submission, completion_id)
+    earlier = None
     accepted = False
     try:
-        await pod.generations.submit(jobs, submission.form, submission.follow_up, once)
-        accepted = True
-    except SubmittedBefore as before:
-        assert name is not None
-        return await _join(pod, make, name.completion_of(before.value))
+        earlier = await _enqueue(pod, submission, name)
+        accepted = earlier is None
     finally:
-        if stored is not None and not accepted:
-            await answered(lambda: pod.stored.discard(completion_id, stored.owner))
-    return completion_id, submission.form
+        if submission.stored is not None and not accepted:
+            await answered(partial(pod.stored.discard, completion_id, submission.stored.owner))
+    if earlier is None:
+        return completion_id, submission.form
+    return await _join(pod, make(earlier))
 
 
-async def made_before(pod: Pod, name: RequestName | None) -> tuple[str, Form] | None:
-    """The completion, of one job, that a request of the same name has made, and its form; or None.
+async def made_before(pod: Pod, name: RequestName | None, *, stored: bool) -> tuple[str, Form] | None:
+    """The completion that a request of the same name has made, if it has all that it needs: what the request
+    refers to may be gone by now. None: see what `submit` says.
 
-    For requests that need more than themselves: it may be gone when they are sent again.
+    `stored`: it is to be.
 
     Raises:
         ApiError: the name is another request's (409), or Redis can't be asked (503).
     """
-    taken = None if name is None else await answered(partial(pod.queue.submitted_before, name.once("")))
-    if name is None or taken is None:
+    if name is None:
+        return None
+    taken = await answered(partial(pod.queue.taken_by, name.once("")))
+    if taken is None:
         return None
     completion_id = name.completion_of(taken)
+    form = await _form(pod, completion_id)
+    if form is None or form.jobs > 1 or await _unanswered(pod, completion_id, form):
+        return None
+    if stored and await answered(partial(pod.stored.get, completion_id)) is None:
+        return None
+    return completion_id, form
+
+
+async def _store(pod: Pod, submission: Submission, completion_id: str) -> None:
+    stored, job = submission.stored, submission.jobs[0]
+    if stored is not None:
+        lasts = job.deadline - job.created
+        await answered(lambda: pod.stored.put(completion_id, stored, lasts, listed=submission.listed))
+
+
+async def _enqueue(pod: Pod, submission: Submission, name: RequestName | None) -> str | None:
+    """Takes the name and enqueues the jobs; or returns the id of the completion that the name stands for."""
+    once = None if name is None else name.once(submission.id)
+    while True:
+        try:
+            await pod.generations.submit(submission.jobs, submission.form, submission.follow_up, once)
+        except SubmittedBefore as before:
+            assert name is not None
+            earlier = name.completion_of(before.value)
+            form = await _form(pod, earlier)
+            if form is None or not await _unanswered(pod, earlier, form):
+                return earlier
+            await answered(partial(pod.queue.forget, name.once(earlier)))
+        else:
+            return None
+
+
+async def _form(pod: Pod, completion_id: str) -> Form | None:
+    """How a completion is written down; None if it is gone."""
     queued, _ = await answered(partial(pod.streams.find, completion_id, BEGINNING))
-    return None if queued is None else (completion_id, decode_form(queued.form))
+    return None if queued is None else decode_form(queued.form)
 
 
-async def _join(pod: Pod, make: Callable[[str], Submission], completion_id: str) -> tuple[str, Form]:
-    """The completion that a request of the same name has made."""
-    queued, _ = await answered(lambda: pod.streams.find(completion_id, BEGINNING))
-    if queued is None:
+async def _unanswered(pod: Pod, completion_id: str, form: Form) -> bool:
+    """Whether it has ended, for no fault of its own, in what is no answer to whoever comes again."""
+    ends = await answered(partial(pod.streams.terminals, job_ids(completion_id, form.jobs)))
+    if ends[0] is None:  # the name goes with this job
+        return False
+    return any(end is not None and end.error is not None and end.error.code in _NO_ANSWER for end in ends)
+
+
+async def _join(pod: Pod, submission: Submission) -> tuple[str, Form]:
+    """The completion that another try of this request has made."""
+    completion_id = submission.id
+    form = await _form(pod, completion_id)
+    if form is None:
+        if await answered(partial(pod.stored.was_deleted, completion_id)):
+            raise deleted()
         raise unavailable("The answer to this request expired a moment ago. Try again.")
-    form = decode_form(queued.form)
+    # That one may have died before it had done all of this, or not have heard that it was accepted.
+    await _store(pod, submission, completion_id)
     if form.jobs > 1 and now() - (made_at(completion_id) or 0.0) < pod.settings.retention:
-        # Whoever submitted the first of them may have died before the last. None can have expired yet.
-        submission = make(completion_id)
-        await pod.generations.submit(submission.jobs[1:], form, submission.follow_up)
+        # None of its streams can have expired yet.
+        await pod.generations.submit(submission.jobs[1:], form, submission.follow_up, again=True)
     return completion_id, form

@@ -10,7 +10,16 @@ from typing import Any, cast
 from redis.asyncio import Redis
 
 from llmboost import keys
+from llmboost.entries import CANCELLED_TYPE, StreamError
 from llmboost.lua import NOW, Script
+
+NOBODY_READS = StreamError(
+    "The request was cancelled: nobody was reading its stream.",
+    CANCELLED_TYPE,
+    "client_gone",
+    status=499,
+)
+"""In which the stream then ends."""
 
 _RENEW_AUDIENCE = Script(
     NOW

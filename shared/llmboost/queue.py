@@ -171,10 +171,9 @@ class JobQueue(LeasedJobs):
         if not accepted:
             raise QueueFull(f"{max_queued} requests for {job.model!r} are waiting already")
 
-    async def submitted_before(self, once: Once) -> bytes | None:
-        """What the name stands for, if a request was accepted under it."""
-        value: bytes | None = await self.redis.get(once.key)
-        return value
+    async def taken_by(self, once: Once) -> bytes | None:
+        """What a name stands for; None if it is free."""
+        return cast("bytes | None", await self.redis.get(once.key))
 
     async def forget(self, once: Once) -> None:
         """Frees a name, if it still stands for that request."""

@@ -289,6 +289,71 @@ def _audience_never_lapses() -> list[Any]:
     return [_attribute("llmboost.streams", "TokenStreams.audience", lambda _: audience)]
 
 
+# --- What outlives its request --------------------------------------------------------------------------
+
+
+@_mutant("nothing follows", "what follows from an end is done by the script that makes it the end")
+def _nothing_follows() -> list[Any]:
+    read = "for i = 1, #first, 2 do follow[first[i]] = first[i + 1] end"
+    return [_script("llmboost.streams", "_SEAL", read, "")]
+
+
+@_mutant("names taken twice", "under one name one request is accepted")
+def _names_taken_twice() -> list[Any]:
+    return [_script("llmboost.queue", "_SUBMIT", "if before then return before end", "")]
+
+
+@_mutant("names of no answer", "a name does not stand for a request that nobody was there to have answered")
+def _names_of_no_answer() -> list[Any]:
+    async def unanswered(*args: Any) -> bool:
+        return False
+
+    return [_attribute("llmboost_api.submission", "_unanswered", lambda _: unanswered)]
+
+
+@_mutant("anybody commits", "of the runners of a batch only the latest commits results")
+def _anybody_commits() -> list[Any]:
+    compared = "if held_by ~= ARGV[1] or held_attempt ~= ARGV[2] then return false end"
+    return [_script("llmboost_api.batches.scripts", "COMMIT", compared, "")]
+
+
+@_mutant("lines not marked", "a line whose result is committed is not run again")
+def _lines_not_marked() -> list[Any]:
+    marked = "redis.call('SETBIT', lines, ARGV[i] - 1, 1)"
+    return [_script("llmboost_api.batches.scripts", "COMMIT", marked, "")]
+
+
+@_mutant("commits count twice", "a commit that is sent again changes nothing")
+def _commits_count_twice() -> list[Any]:
+    there = "if redis.call('ZSCORE', parts, ARGV[first_part]) then return 1 end"
+    return [_script("llmboost_api.batches.scripts", "COMMIT", there, "")]
+
+
+@_mutant("gives way at once", "what gives way to another job goes on from all that it had")
+def _gives_way_at_once() -> list[Any]:
+    """What has been handed over and not yet appended is left out."""
+
+    def change(give_way: Any) -> Any:
+        def gave_way(self: Any) -> None:
+            self.outbox.pending.clear()
+            self.outbox.empty.set()
+            give_way(self)
+
+        return gave_way
+
+    return [_attribute("llmboost_worker.generation", "Generation.give_way", change)]
+
+
+@_mutant("each telling an event", "an end that is told again is the same event")
+def _each_telling_an_event() -> list[Any]:
+    from llmboost.jobs import new_id
+
+    def change(_: Any) -> Any:
+        return lambda prefix, *parts: new_id(prefix)
+
+    return [_attribute("llmboost_api.webhooks.events", "derived_id", change)]
+
+
 # --- The engine ---------------------------------------------------------------------------------------
 
 

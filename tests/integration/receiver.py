@@ -61,9 +61,12 @@ class Receiver:
 
 
 @asynccontextmanager
-async def receiving(tls: Callable[[], ssl.SSLContext] | None = None) -> AsyncIterator[Receiver]:
-    receiver = Receiver(0)
-    server = await asyncio.start_server(receiver.serve, "127.0.0.1", 0, ssl=tls() if tls else None)
+async def receiving(
+    tls: Callable[[], ssl.SSLContext] | None = None, port: int = 0
+) -> AsyncIterator[Receiver]:
+    """On any free port, unless one is given."""
+    receiver = Receiver(port)
+    server = await asyncio.start_server(receiver.serve, "127.0.0.1", port, ssl=tls() if tls else None)
     receiver.port = server.sockets[0].getsockname()[1]
     try:
         yield receiver

@@ -1,6 +1,8 @@
 """`Idempotency-Key`: a request that is sent again generates nothing twice, whatever became of the first."""
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -8,7 +10,9 @@ from arq.connections import ArqRedis
 from openai import APIStatusError
 
 from llmboost import keys
-from llmboost.queue import JobQueue
+from llmboost.audience import NOBODY_READS
+from llmboost.entries import StreamError, Terminal
+from llmboost.queue import ORPHAN_ERROR, JobQueue
 from llmboost_api import generation
 from tests.waiting import wait_until
 
@@ -162,21 +166,6 @@ async def test_a_name_lasts_as_long_as_its_answer(
             assert 0 < await redis.ttl(name) <= lasts
 
 
-async def test_a_deleted_answer_frees_its_name(
-    pod: RunningPod, worker: ScriptedWorker, redis: ArqRedis
-) -> None:
-    """There is nothing to join any more: the same request is a new one."""
-    for path, body in ((CHAT, chat(store=True)), ("/v1/responses", {"model": MODEL, "input": "x"})):
-        first = (await pod.http.post(path, json=body, headers=KEY)).json()["id"]
-        assert (await pod.http.delete(f"{path}/{first}")).status_code == 200
-        assert await redis.keys("llmboost:once:*") == []
-        second = await pod.http.post(path, json=body, headers=KEY)
-        assert second.status_code == 200
-        assert second.json()["id"] != first
-        await redis.flushdb()
-        await worker.announce()
-
-
 async def test_a_request_that_was_not_accepted_takes_no_name(
     redis_url: str, redis: ArqRedis, worker: ScriptedWorker
 ) -> None:
@@ -195,30 +184,104 @@ async def test_a_request_that_was_not_accepted_takes_no_name(
         assert (await pod.http.post(CHAT, json=chat(store=True), headers=KEY)).status_code == 200
 
 
-async def test_a_request_that_was_withdrawn_frees_its_name(
-    pod: RunningPod, worker: ScriptedWorker, redis: ArqRedis, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Redis took it and did not say so in time: it is taken back, name and all; the retry is a new one."""
+@contextmanager
+def replies_lost(monkeypatch: pytest.MonkeyPatch, after: int = 0) -> Iterator[None]:
+    """Redis takes what is submitted, and does not say so in time; but of so many jobs."""
     monkeypatch.setattr(generation, "SUBMIT_PATIENCE_S", 0.3)
-    submit = JobQueue.submit
+    submit, count = JobQueue.submit, 0
 
     async def reply_lost(self: JobQueue, *arguments: Any, **options: Any) -> None:
+        nonlocal count
+        count += 1
         await submit(self, *arguments, **options)
-        await asyncio.Event().wait()
+        if count > after:
+            await asyncio.Event().wait()
 
-    over = asyncio.Event()
-    worker.script = lambda job: [over.wait(), *says(WORDS), ends()]
     with monkeypatch.context() as patch:
         patch.setattr(JobQueue, "submit", reply_lost)
-        assert (await pod.http.post(CHAT, json=chat(), headers=KEY)).status_code == 503
+        yield
 
-    async def free() -> bool:
-        return not await redis.keys("llmboost:once:*")
 
-    await wait_until(free)
+async def test_what_redis_took_and_did_not_say_is_there_for_the_retry(
+    pod: RunningPod, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not taken back: a retry may have joined it by then. What is stored with it is there, too."""
+    go = asyncio.Event()
+    worker.script = lambda job: [go.wait(), *says(WORDS), ends()]
+    body = chat(store=True, metadata={"a": "b"})
+    with replies_lost(monkeypatch):
+        assert (await pod.http.post(CHAT, json=body, headers=KEY)).status_code == 503
+    answer = asyncio.create_task(pod.http.post(CHAT, json=body, headers=KEY))
+    await wait_until(lambda: worker.jobs and pod.generations)
+    go.set()
+    assert (await answer).status_code == 200
+    assert len(worker.jobs) == 1
+    completion_id = (await answer).json()["id"]
+    assert (await pod.openai.chat.completions.retrieve(completion_id)).metadata == {"a": "b"}
+    assert [each.id async for each in pod.openai.chat.completions.list()] == [completion_id]
+
+
+async def test_a_retry_that_fails_takes_nothing_back(
+    pod: RunningPod, worker: ScriptedWorker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It asks for jobs again that are there, and does not hear of them: the first reader's answer goes on."""
+    go = asyncio.Event()
+    worker.script = lambda job: [go.wait(), *says(WORDS), ends()]
+    body = {"model": MODEL, "prompt": ["a", "b"]}
+    first = asyncio.create_task(pod.http.post(COMPLETIONS, json=body, headers=KEY))
+    await wait_until(lambda: len(worker.jobs) == 2)
+    with replies_lost(monkeypatch, after=1):
+        assert (await pod.http.post(COMPLETIONS, json=body, headers=KEY)).status_code == 503
+    go.set()
+    assert (await first).status_code == 200
+    assert len((await first).json()["choices"]) == 2
+
+
+UNANSWERED = [NOBODY_READS, ORPHAN_ERROR, generation.NOT_ACCEPTED]
+
+
+@pytest.mark.parametrize("why", UNANSWERED, ids=lambda why: str(why.code))
+async def test_what_was_never_answered_is_begun_again(
+    why: StreamError, pod: RunningPod, worker: ScriptedWorker, queue: JobQueue
+) -> None:
+    """The client came back too late, or its request was lost with a server: it has its answer now."""
+    over = asyncio.Event()
+    worker.script = lambda job: [over.wait(), *says(WORDS), ends()]
+    first = asyncio.create_task(pod.http.post(CHAT, json=chat(), headers=KEY))
+    await wait_until(lambda: worker.jobs)
+    await queue.cancel(worker.jobs[0].id, Terminal("test", error=why))
+    assert (await first).status_code == why.status
     over.set()
-    answer = await pod.http.post(CHAT, json=chat(), headers=KEY)
-    assert answer.status_code == 200
+    worker.script = lambda job: [*says(WORDS), ends()]
+    answers = await asyncio.gather(*(pod.http.post(CHAT, json=chat(), headers=KEY) for _ in range(5)))
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.content for answer in answers}) == 1
+    assert len(worker.jobs) == 2
+
+
+async def test_what_was_deleted_is_not_begun_again(pod: RunningPod, worker: ScriptedWorker) -> None:
+    """And the official clients are told that another try won't help."""
+    first = await pod.http.post(CHAT, json=chat(store=True), headers=KEY)
+    await pod.openai.chat.completions.delete(first.json()["id"])
+    response = await pod.http.post(CHAT, json=chat(store=True), headers=KEY)
+    check_error(response, 410, "answer_deleted", "Idempotency-Key")
+    assert response.headers["x-should-retry"] == "false"
+    assert len(worker.jobs) == 1
+
+
+async def test_an_answer_outlives_what_its_request_named(
+    redis_url: str, pod: RunningPod, worker: ScriptedWorker, redis: ArqRedis
+) -> None:
+    """The response that it follows was deleted, and then the last worker has gone."""
+    earlier = await pod.openai.responses.create(model=MODEL, input="x")
+    asked: dict[str, Any] = {"input": "y", "previous_response_id": earlier.id, "extra_headers": KEY}
+    first = await pod.openai.responses.create(model=MODEL, **asked)
+    await pod.openai.responses.delete(earlier.id)
+    assert (await pod.openai.responses.create(model=MODEL, **asked)).id == first.id
+    async with serving(settings_for(redis_url)) as other:
+        await redis.delete(keys.MODELS, *await redis.keys(keys.model_card("*")))
+        assert (await other.openai.responses.create(model=MODEL, **asked)).id == first.id
+    assert len(worker.jobs) == 2
 
 
 async def test_a_submission_that_died_half_way_is_completed(

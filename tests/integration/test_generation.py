@@ -44,6 +44,44 @@ async def test_tokens_that_a_lost_lease_discards_are_left_to_the_next_attempt(
     await queue.cancel(job.id, Terminal("test"))
 
 
+async def test_the_last_step_of_what_gives_way_is_appended_before_its_seal(
+    redis: ArqRedis, queue: JobQueue, streams: TokenStreams
+) -> None:
+    """The step that was under way hands over the last token just when all before it has been appended."""
+    engine = ScriptedEngine([70])
+    publisher = Publisher(redis, streams)
+    generator = Generator(engine, engine.info, byte_level(), streams, publisher, "worker")
+    job = make_job(max_tokens=2, job_class="batch", needs_audience=False)
+    await queue.submit(job)
+    engine.start(generator.deliver, lambda error: None)
+    attempt = asyncio.create_task(generator.run(job, 1))
+    await wait_until(lambda: engine.sequences)
+    outbox = generator.running[job.id].outbox
+
+    class Empty(asyncio.Event):
+        """Those that wait hear of it after the engine's next step, if there is one."""
+
+        def set(self) -> None:
+            if engine.sequences:
+                asyncio.get_running_loop().call_soon(engine.step)
+            super().set()
+
+    outbox.empty = Empty()
+    engine.step()
+    generator.running[job.id].give_way()
+    sending = asyncio.create_task(publisher.run())
+    await asyncio.wait_for(attempt, 10)
+    sending.cancel()
+    log = Transcript()
+    for entry_id, entry in await streams.read(job.id):
+        log.apply(entry_id, entry)
+    assert (log.choices[0].token_ids, log.choices[0].finish_reason) == ([70, 70], "length")
+    assert log.terminal is not None
+    assert log.terminal.usage is not None
+    assert log.terminal.usage.completion_tokens == 2
+    await queue.discard(job.id)
+
+
 async def test_a_request_dropped_while_its_last_reply_is_in_doubt_harms_no_other(
     redis: ArqRedis, queue: JobQueue, streams: TokenStreams
 ) -> None:

@@ -6,7 +6,17 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import ResponseError
 
 from llmboost import keys
-from llmboost.entries import ChoiceDelta, Delta, Entry, Queued, StreamError, Terminal
+from llmboost.entries import (
+    ArqJob,
+    ChoiceDelta,
+    Delta,
+    Entry,
+    FollowUp,
+    Once,
+    Queued,
+    StreamError,
+    Terminal,
+)
 from llmboost.jobs import now
 from llmboost.queue import JobQueue
 from llmboost.streams import (
@@ -159,6 +169,25 @@ async def test_a_sealer_whose_reply_was_lost_knows_its_own_entry(streams: TokenS
     assert await streams.seal(job_id, CANCELLED) is SealOutcome.WRITTEN
     assert await streams.seal(job_id, CANCELLED) is SealOutcome.WRITTEN
     assert len(await streams.read(job_id)) == 2
+
+
+async def test_what_follows_from_the_seal_is_done_by_whoever_seals_and_once(
+    redis: ArqRedis, queue: JobQueue, streams: TokenStreams
+) -> None:
+    """The sealer knows nothing of it: the first entry has it. Sealing again, or in vain, does it no more."""
+    job, once = make_job(), Once("llmboost:once::a", b"a")
+    follow_up = FollowUp(retention=1000, push_to="sealed", job=ArqJob("arq:due", "told", b"definition"))
+    await queue.submit(job, follow_up=follow_up, once=once)
+    await queue.discard(job.id)
+    assert not await redis.exists("sealed", "arq:due")
+    for by in ("one", "one", "another"):
+        await streams.seal(job.id, Terminal(by))
+    assert await redis.lrange("sealed", 0, -1) == [job.id.encode()]
+    assert await redis.zrange("arq:due", 0, -1) == [b"told"]
+    assert await redis.get(keys.arq_job("told")) == b"definition"
+    for name in (keys.stream(job.id), once.key):
+        assert 999_000 < await redis.pttl(name) <= 1_000_000
+    await redis.delete("arq:due")
 
 
 async def test_an_attempt_that_was_taken_over_cannot_seal(streams: TokenStreams, job_id: str) -> None:

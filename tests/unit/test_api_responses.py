@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
 
+from llmboost.audience import NOBODY_READS
 from llmboost.entries import (
     ChoiceDelta,
     Delta,
@@ -35,7 +36,6 @@ from llmboost_api.protocol.responses.events import EventFramer
 from llmboost_api.protocol.responses.items import listed
 from llmboost_api.protocol.responses.object import Progress
 from llmboost_api.protocol.responses.request import ResponseRequest
-from llmboost_worker.audience import LEFT
 from llmboost_worker.models import DEMO_FOLDER
 from llmboost_worker.text import Tokenizer, encode_prompt
 
@@ -74,7 +74,7 @@ ANSWERED = log(*BEGUN, delta(3, "", "stop"), Terminal("v", Usage(3, 4, 2), at=5.
 CUT_SHORT = log(*BEGUN, delta(3, " a", "length"), Terminal("v", Usage(3, 4), at=5.5))
 BROKEN = log(*BEGUN, Terminal("v", error=StreamError("It broke.")))
 STOPPED = log(*BEGUN, Terminal("pod", error=CANCELLED))
-UNREAD = log(*BEGUN, Terminal("v", error=LEFT))
+UNREAD = log(*BEGUN, Terminal("v", error=NOBODY_READS))
 RUNNING = log(*BEGUN)
 NEVER_RUN = log(Terminal("reaper", error=StreamError("Too late.", status=504)))
 LOGS = [ANSWERED, CUT_SHORT, BROKEN, STOPPED, UNREAD, RUNNING, NEVER_RUN]

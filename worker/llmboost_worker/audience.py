@@ -11,18 +11,12 @@ from collections.abc import Callable
 
 from redis.exceptions import RedisError
 
-from llmboost.entries import CANCELLED_TYPE, StreamError, Terminal
+from llmboost.audience import NOBODY_READS
+from llmboost.entries import Terminal
 from llmboost.jobs import GenerationJob
 from llmboost.streams import StreamSealed, TokenStreams
 
 logger = logging.getLogger(__name__)
-
-LEFT = StreamError(
-    "The request was cancelled: nobody was reading its stream.",
-    CANCELLED_TYPE,
-    "client_gone",
-    status=499,
-)
 
 
 class AudienceWatch:
@@ -68,6 +62,6 @@ class AudienceWatch:
             if seconds > 0:
                 pause = min(pause, seconds + 0.001)  # exactly when the promise lapses
             elif time.monotonic() >= self._trusted_at:
-                await self._streams.seal(job_id, Terminal(self._worker, error=LEFT))
+                await self._streams.seal(job_id, Terminal(self._worker, error=NOBODY_READS))
                 self._end(job_id, StreamSealed(f"{job_id}: nobody reads it any more"))
         return pause

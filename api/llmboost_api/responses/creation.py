@@ -33,9 +33,11 @@ async def create_response(request: Request, asker: str, key: str | None) -> Resp
     asked = body.check(data, ResponseRequest)
     name = name_of(key, RESPONSES.path, data, asker)
     mine = new_id(RESPONSES.prefix)
-    # Before anything is asked of a conversation whose turns may be gone by now.
-    before = await made_before(pod, name)
-    response_id, form = before or await _begin(request, mine, asked, asker, name)
+    rename_request(request, mine)
+    found = await made_before(pod, name, stored=asked.store)
+    if found is None:
+        found = await _submit(pod, asked, asker, name, mine)
+    response_id, form = found
     rename_request(request, response_id)
     response = form.response(response_id)
     if asked.background and not asked.stream:
@@ -48,10 +50,9 @@ async def create_response(request: Request, asker: str, key: str | None) -> Resp
     return Reply(pod.generations.follow(response_id, form, again=name is not None), pod.settings, framer)
 
 
-async def _begin(
-    request: Request, mine: str, asked: ResponseRequest, asker: str, name: RequestName | None
+async def _submit(
+    pod: Pod, asked: ResponseRequest, asker: str, name: RequestName | None, mine: str
 ) -> tuple[str, Form]:
-    pod = pod_of(request)
     card = await pod.models.find(asked.model)
     history = await history_of(pod, asked.previous_response_id, asker)
     prompts = asked.prompts_after(history)
@@ -71,7 +72,6 @@ async def _begin(
             stored=stored,
         )
 
-    rename_request(request, mine)
     return await submit(pod, make, mine, name)
 
 
