@@ -44,7 +44,7 @@ QUICK_OF = {
 """Of these defects it is known where they show, if anywhere: the rest need not be tried."""
 FAULTS = ("tests/faults/test_workers.py", "tests/faults/test_redis.py", "tests/faults/test_pods.py")
 FAULTS_OF = {
-    "names taken twice": ("tests/faults/test_retries.py",),
+    "names taken twice": ("tests/faults/test_retries.py::test_requests_sent_again_are_answered_once",),
     "fence off": ("tests/faults/test_workers.py::test_a_frozen_worker",),
     "NOMKSTREAM off": ("tests/faults/test_redis.py::test_restarted_empty",),
     "seal off": ("tests/faults/test_workers.py::test_a_killed_worker",),
