@@ -110,7 +110,7 @@ def _stack(task: "asyncio.Task[Any]") -> tuple[Any, ...]:
     awaited: Any = task.get_coro()
     while (frame := getattr(awaited, "cr_frame", None)) is not None:
         code, held = frame.f_code, []
-        if "/llmboost" in code.co_filename:
+        if frame.f_globals["__name__"].startswith("llmboost"):  # its file says where it was cloned to, too
             held = sorted(each for each in frame.f_locals.items() if each[0] not in USED_UP)
         frames.append((code.co_qualname, frame.f_lasti, tuple((name, shape(value)) for name, value in held)))
         awaited = awaited.cr_await
