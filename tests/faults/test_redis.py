@@ -21,8 +21,12 @@ period, the second that it waits at most before it tries Redis again, and a crow
 @pytest.fixture(scope="module")
 def file_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Fewer slots than streams, so that some wait in the queue. Nothing that happens to Redis may cost a
-    request a try: it has only one."""
-    flags = ("--lease", "2", "--max-num-seqs", "16", "--max-tries", "1")
+    request a try: it has only one.
+
+    A renewal has a quarter of the lease. Where each way takes 100 ms and its connection is a new one, it
+    needs a second; what is slower than that counts as a death, and is meant to.
+    """
+    flags = ("--lease", "6", "--max-num-seqs", "16", "--max-tries", "1")
     with Fleet(tmp_path_factory.mktemp("fleet"), worker_flags=flags) as fleet:
         yield fleet
 
