@@ -54,17 +54,18 @@ class Claim:
     """Its tries are used up: not to be run."""
 
 
-_PUSH = f"""
+PUSH = f"""
 local function push(wake)
   if redis.call('LLEN', wake) < {WAKE_TOKENS} then redis.call('LPUSH', wake, 1) end
   redis.call('PEXPIRE', wake, 3600000)
 end
 """
+"""Lua prelude: pushes a wake token."""
 
 # A claim's hash says where the job waits or goes back to (`queue`, `score`), the model's `leases` and `wake`
 # (names of keys), its number of `sequences`, and its `deaths`, if any.
 _PUT_BACK = (
-    _PUSH
+    PUSH
     + """
 local function put_back(id)
   local claim = KEYS[1] .. id
@@ -87,7 +88,7 @@ local function mine(id, owner, attempt)
 end
 """
 
-_WAKE = Script(_PUSH + "for _, wake in ipairs(KEYS) do push(wake) end")
+_WAKE = Script(PUSH + "for _, wake in ipairs(KEYS) do push(wake) end")
 
 _CLAIM = Script(
     NOW
@@ -164,7 +165,7 @@ return lost
 )
 
 _END_PROBATION = Script(
-    _PUSH
+    PUSH
     + """
 if redis.call('GET', KEYS[1]) ~= ARGV[1] then return end
 redis.call('DEL', KEYS[1])

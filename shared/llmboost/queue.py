@@ -20,7 +20,7 @@ from llmboost import entries, keys, streams
 from llmboost.connection import serialize
 from llmboost.entries import NO_FOLLOW_UP, FollowUp, Once, StreamError, Terminal
 from llmboost.jobs import FUNCTION, GenerationJob, JobClass, OpaqueJob, encode
-from llmboost.leases import WAKE_TOKENS, LeasedJobs
+from llmboost.leases import PUSH, LeasedJobs
 from llmboost.lua import NOW, Script
 from llmboost.streams import SealOutcome, TokenStreams, persist
 
@@ -39,17 +39,18 @@ class SubmittedBefore(Exception):
 
 _SUBMIT = Script(
     NOW
+    + PUSH
     + """
 local stream, job, queue, wake, leases, claim, open, audience, once = unpack(KEYS)
 local id, entry_id, entry, definition, ttl, deadline, grace = unpack(ARGV, 1, 7)
-local max_queued, wake_tokens, sequences, name = unpack(ARGV, 8, 11)
+local max_queued, sequences, name = unpack(ARGV, 8, 10)
 if redis.call('EXISTS', stream) == 1 then return 1 end
 if once then
   local before = redis.call('GET', once)
   if before then return before end
 end
 if tonumber(max_queued) > 0 and redis.call('ZCARD', queue) >= tonumber(max_queued) then return 0 end
-redis.call('XADD', stream, entry_id, 'e', entry, unpack(ARGV, 12))
+redis.call('XADD', stream, entry_id, 'e', entry, unpack(ARGV, 11))
 redis.call('PEXPIRE', stream, ttl)
 if once then redis.call('SET', once, name, 'PX', ttl) end
 redis.call('SET', job, definition, 'PX', ttl)
@@ -61,8 +62,7 @@ redis.call('PEXPIRE', claim, ttl)
 redis.call('ZADD', open, deadline, id)
 if tonumber(grace) > 0 then redis.call('ZADD', audience, now + grace, id) end
 redis.call('ZADD', queue, score, id)
-if redis.call('LLEN', wake) < tonumber(wake_tokens) then redis.call('LPUSH', wake, 1) end
-redis.call('PEXPIRE', wake, 3600000)
+push(wake)
 return 1
 """
 )
@@ -160,7 +160,6 @@ class JobQueue(LeasedJobs):
                 int(job.deadline * 1000),
                 int(audience * 1000) if job.needs_audience else 0,
                 max_queued,
-                WAKE_TOKENS,
                 job.sampling.n,
                 once.value if once else b"",
                 *follow_up.fields(),
