@@ -51,6 +51,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     ignore_eos: bool = False
     top_logprobs: int | None = None
     """None: no logprobs. 0: of the drawn token alone. k: of the k most likely tokens too."""
+    prompt_logprobs: int | None = None
+    """The same for the tokens of the prompt."""
 
 
 class Prompt(msgspec.Struct, frozen=True, omit_defaults=True):

@@ -73,6 +73,12 @@ class SequenceOutput:
     """Set once, in the sequence's last output."""
     error: str | None = None
     """With finish_reason "error": what happened, for an operator and the client."""
+    is_refused: bool = False
+    """With an error: it is the request that can't be run, and not the engine that failed."""
+    cached_tokens: int = 0
+    """In the sequence's first output: how many of the prompt's tokens were found in the prefix cache."""
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """In the sequence's first output, if asked for: one per prompt token, None for the first."""
 
 
 StepOutput = list[SequenceOutput]
