@@ -160,7 +160,8 @@ def test_heads_are_normed_and_rotated_and_keys_and_values_stored(
     keys, values = (torch.zeros(4, BLOCK_SIZE, key_heads, dim, dtype=dtype) for _ in range(2))
 
     query, key, value = (
-        part.float().view(rows, -1, dim) for part in qkv.split([heads * dim, key_heads * dim, key_heads * dim], 1)
+        part.float().view(rows, -1, dim)
+        for part in qkv.split([heads * dim, key_heads * dim, key_heads * dim], 1)
     )
     expected = []
     for part, norm in zip((query, key), norms, strict=True):
@@ -176,7 +177,9 @@ def test_heads_are_normed_and_rotated_and_keys_and_values_stored(
     assert torch.allclose(
         qkv[:, : heads * dim].float(), expected[0].flatten(1), atol=4 * TOLERANCE[dtype], rtol=1e-2
     )
-    assert torch.allclose(keys.flatten(0, 1)[slots].float(), expected[1], atol=4 * TOLERANCE[dtype], rtol=1e-2)
+    assert torch.allclose(
+        keys.flatten(0, 1)[slots].float(), expected[1], atol=4 * TOLERANCE[dtype], rtol=1e-2
+    )
     assert torch.equal(values.flatten(0, 1)[slots].float(), value)
     others = torch.ones(4 * BLOCK_SIZE, dtype=torch.bool)
     others[slots] = False

@@ -23,6 +23,8 @@ from transformers import (
 
 from llmboost_worker.engine.interface import EngineError, EngineInfo
 from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, architecture, attention
+from llmboost_worker.engine.transformers.backend import AttentionBackend
+from llmboost_worker.engine.transformers.compiled_backend import CompiledBackend
 from llmboost_worker.engine.transformers.layout import StepLayout
 from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 from tests.unit.engine_models import COMMON, CONFIGS, EOS, driving, prompt, request, save_model
@@ -246,12 +248,16 @@ def test_latent_attention_with_keys_wider_than_values_is_served(tmp_path: Path) 
 def test_the_self_test_refuses_attention_that_is_a_little_off(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend = TorchBackend.attend
+    def put_off(backend: type[AttentionBackend]) -> None:
+        attend = backend.attend
 
-    def off(self: TorchBackend, keys: Any, values: Any, query: torch.Tensor, *rest: Any) -> torch.Tensor:
-        return attend(self, keys, values, query * 1.02, *rest)
+        def off(self: Any, keys: Any, values: Any, query: torch.Tensor, *rest: Any) -> torch.Tensor:
+            return attend(self, keys, values, query * 1.02, *rest)
 
-    monkeypatch.setattr(TorchBackend, "attend", off)
+        monkeypatch.setattr(backend, "attend", off)
+
+    put_off(CompiledBackend)
+    put_off(TorchBackend)
     with pytest.raises(EngineError, match=r"'llama'.*LlamaForCausalLM gives other logits"):
         start(llama)
 

@@ -26,7 +26,7 @@ class CompiledBackend(AttentionBackend):
         self._torch = TorchBackend()
         self._formulas: dict[tuple[Any, ...], Attention] = {}
         self._scratch = torch.empty(0)
-        # A part of a context is shared out only where rows and heads don't keep the threads busy by themselves.
+        # A row's context is shared out only where rows and heads don't keep the threads busy by themselves.
         self._few = 4 * torch.get_num_threads()
 
     @staticmethod

@@ -1,5 +1,7 @@
 """The compute half of the engine: a model, its cache and the loop's three verbs. No threads, no callers."""
 
+import logging
+
 from llmboost_worker.engine.interface import (
     EngineInfo,
     EngineStats,
@@ -7,14 +9,17 @@ from llmboost_worker.engine.interface import (
     SequenceRequest,
     StepOutput,
 )
-from llmboost_worker.engine.transformers import loader, selftest
+from llmboost_worker.engine.transformers import loader, packing, selftest
 from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, BlockManager
 from llmboost_worker.engine.transformers.config import EngineConfig
+from llmboost_worker.engine.transformers.loader import LoadedModel
 from llmboost_worker.engine.transformers.pace import Pace
 from llmboost_worker.engine.transformers.runner import ModelRunner
 from llmboost_worker.engine.transformers.sampler import Draw
 from llmboost_worker.engine.transformers.scheduler import Scheduler
 from llmboost_worker.engine.transformers.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -25,7 +30,7 @@ class EngineCore:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        loaded = loader.load(config)
+        loaded = _served(config)
         self.info = EngineInfo(
             max_model_len=loaded.max_model_len,
             vocab_size=loaded.vocab_size,
@@ -35,10 +40,9 @@ class EngineCore:
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
         )
-        selftest.run(loaded, self.info)
         self._cache = loader.make_cache(config, loaded, BLOCK_SIZE)
         self._blocks = BlockManager(self._cache.num_blocks, BLOCK_SIZE, config.enable_prefix_caching)
-        self._runner = ModelRunner(loaded.model, self._cache, loaded.backend, loaded.device)
+        self._runner = ModelRunner(loaded.forward, self._cache, loaded.device)
         self._pace = Pace()
         self._scheduler = Scheduler(
             self._blocks,
@@ -137,6 +141,28 @@ class EngineCore:
         return SequenceOutput(
             sequence.id, [draw.token], logprobs, sequence.finish_reason(), cached_tokens=found
         )
+
+
+def _served(config: EngineConfig) -> LoadedModel:
+    """The model as this machine computes it fastest and rightly.
+
+    Raises:
+        EngineError: it can't be computed rightly.
+    """
+    loaded = loader.load(config)
+    expected = selftest.references(loaded)
+    if packing.pack(loaded, config.quantization):
+        try:
+            selftest.run(loaded, expected, config.quantization)
+            return loaded
+        except Exception as error:  # a model may reach for what has been packed
+            if config.quantization != "none":
+                raise
+            logger.warning("this model is served as transformers has it, unpacked: %s", error)
+        del loaded
+        loaded = loader.load(config)  # packing took the weights
+    selftest.run(loaded, expected, config.quantization)
+    return loaded
 
 
 def _failure(id: str, error: str) -> SequenceOutput:

@@ -1,4 +1,4 @@
-"""The forward of a Llama-like model with what lies between its products fused: on a CPU with compiled kernels.
+"""The forward of a Llama-like model, what lies between its products fused: on a CPU, with compiled kernels.
 
 The model's modules stay what the weights are loaded into; this reads them, packs their weights, and takes
 their memory. Per layer four products and four kernels are left of some forty operations:
@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from llmboost_worker.engine.transformers import architecture
 from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula
 from llmboost_worker.engine.transformers.cache import KeyValueCache
+from llmboost_worker.engine.transformers.config import Quantization
 from llmboost_worker.engine.transformers.kernels import WIDTH, Kernels, Rotation
 from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.linear import Product, Quantization, product
+from llmboost_worker.engine.transformers.linear import Product, product
 
 LAYERS = {
     "LlamaDecoderLayer",
@@ -47,21 +48,20 @@ class _Layer:
 
 
 class FusedForward:
-    """Rows of tokens to logits."""
+    """A `Forward`."""
 
     def __init__(
         self,
         model: Any,
         config: Any,
         kernels: Kernels,
-        cache: KeyValueCache,
         backend: AttentionBackend,
         max_model_len: int,
         quantization: Quantization,
     ) -> None:
         """Takes the model apart: its layers' weights are gone from it afterwards."""
         body, attention = model.model, model.model.layers[0].self_attn
-        self._kernels, self._cache, self._backend = kernels, cache, backend
+        self._kernels, self._backend = kernels, backend
         self._embedding = body.embed_tokens.weight
         self._epsilon = config.rms_norm_eps
         self._norm = body.norm.weight
@@ -103,23 +103,16 @@ class FusedForward:
             and head_dim % (2 * WIDTH) == config.hidden_size % WIDTH == config.intermediate_size % WIDTH == 0
         )
 
-    def __call__(self, ids: Tensor, layout: StepLayout, rows: Tensor | None) -> Tensor:
-        """Writes keys and values of all tokens into their slots.
-
-        Args:
-            ids: [T], the step's tokens
-            rows: [n], those whose logits are wanted; None: all
-
-        Returns:
-            [n, vocabulary]
-        """
+    def __call__(
+        self, ids: Tensor, layout: StepLayout, cache: KeyValueCache, rows: Tensor | None = None
+    ) -> Tensor:
         kernels, epsilon, count = self._kernels, self._epsilon, len(ids)
         residual = nn.functional.embedding(ids, self._embedding)
         normed = torch.empty_like(residual)
         inner = residual.new_empty(count, self._inner)
         width = self._heads * self._head_dim
         x: Tensor | None = None
-        for layer, keys, values in zip(self._layers, self._cache.keys, self._cache.values, strict=True):
+        for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
             kernels.add_rms_norm(x, residual, layer.input_norm, epsilon, normed)
             qkv = layer.qkv(normed)
             kernels.rotate_and_store(

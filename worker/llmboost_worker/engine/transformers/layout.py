@@ -79,6 +79,7 @@ class StepLayout:
             ends=ends,
             tables=tables,
         )
+
     def tail(self, first: int) -> "StepLayout":
         """That of the sequences from `first` on, with their rows alone."""
         row = int(self.rows[:first].sum())

@@ -1,22 +1,23 @@
 """Products with weights, laid out as the machine's library reads them fastest.
 
-torch's own `linear` takes weights as they lie in a checkpoint, and its libraries rearrange them at every call.
-Here they are arranged once, when the model is loaded. Measured on two cores with AMX, a layer of
+torch's own `linear` takes weights as they lie in a checkpoint, and its libraries rearrange them at every
+call. Here they are arranged once, when the model is loaded. Measured on two cores with AMX, a layer of
 SmolLM2-135M's shape: float32 1.2 to 1.5 times as fast, bfloat16 1.5 to 2 times.
 
 What a row comes to doesn't depend on its neighbours but by rounding, as in any product of matrices.
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-Quantization = Literal["none", "int8"]
+from llmboost_worker.engine.transformers.config import Quantization
 
 HINT = 32
 """Rows for which the libraries choose a layout; any number may come."""
+
+HALVES = (torch.bfloat16, torch.float16)
 
 FEW_ROWS = 8
 """Up to here int8 weights are read as they are: the product costs what reading them costs. Beyond, they are
@@ -36,9 +37,9 @@ def product(weight: Tensor, bias: Tensor | None, quantization: Quantization = "n
     if quantization == "int8":
         return Int8Product(weight, bias)
     if weight.device.type == "cpu":
-        if weight.dtype == torch.float32 and torch.backends.mkl.is_available():
+        if weight.dtype == torch.float32 and torch.backends.mkl.is_available():  # type: ignore[no-untyped-call]
             return MklProduct(weight, bias)
-        if weight.dtype in (torch.bfloat16, torch.float16) and torch.backends.mkldnn.is_available():
+        if weight.dtype in HALVES and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
             return OneDnnProduct(weight, bias)
     return PlainProduct(weight, bias)
 

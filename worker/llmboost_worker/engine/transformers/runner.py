@@ -1,16 +1,14 @@
 """One forward of the model per step."""
 
 import logging
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from llmboost_worker.engine.transformers import sampler
-from llmboost_worker.engine.transformers.attention import Step, attending
-from llmboost_worker.engine.transformers.backend import AttentionBackend
 from llmboost_worker.engine.transformers.cache import KeyValueCache
+from llmboost_worker.engine.transformers.forward import Forward
 from llmboost_worker.engine.transformers.layout import StepLayout
 from llmboost_worker.engine.transformers.sampler import Draw
 from llmboost_worker.engine.transformers.sequence import Sequence
@@ -23,12 +21,9 @@ UNSOUND = "the model's keys and values are not numbers (NaN) or infinite; a wide
 class ModelRunner:
     """Computes the scheduled tokens of a batch and draws the next ones."""
 
-    def __init__(
-        self, model: Any, cache: KeyValueCache, backend: AttentionBackend, device: torch.device
-    ) -> None:
-        self._model = model
+    def __init__(self, forward: Forward, cache: KeyValueCache, device: torch.device) -> None:
+        self._forward = forward
         self._cache = cache
-        self._backend = backend
         self._device = device
 
     def run(self, batch: list[Sequence]) -> dict[str, Draw]:
@@ -73,18 +68,11 @@ class ModelRunner:
             if sequence.is_sampled:
                 sampled.append(sequence)
                 last_rows.append(len(tokens) - 1)
-        all_rows = len(last_rows) == len(tokens)
-        with attending(Step(layout, self._cache, self._backend)):
-            output = self._model(
-                input_ids=torch.tensor([tokens], device=self._device),
-                position_ids=layout.positions[None],
-                use_cache=False,
-                # Projecting to the vocabulary is the widest product of all: only rows that are sampled.
-                logits_to_keep=0
-                if all_rows
-                else torch.tensor(last_rows, dtype=torch.int64, device=self._device),
-            )
-        return output.logits[0], sampled
+        ids = torch.tensor(tokens, device=self._device)
+        rows = None
+        if len(last_rows) < len(tokens):
+            rows = torch.tensor(last_rows, dtype=torch.int64, device=self._device)
+        return self._forward(ids, layout, self._cache, rows), sampled
 
     def _unsound(self, ordered: list[Sequence], layout: StepLayout) -> dict[str, Draw]:
         """Errors for chunks whose keys and values are not numbers, as of bad weights. Of decoding sequences
@@ -103,12 +91,12 @@ class ModelRunner:
 
 
 def in_order(batch: list[Sequence]) -> list[Sequence]:
-    """The order of the sequences in the row of tokens: one row each first, by length, so that what is alike
-    stands together."""
+    """The order of the sequences in the row of tokens: one row each first, by length, then chunks by theirs,
+    so that what is alike stands together."""
     return sorted(
         batch,
         key=lambda sequence: (
             sequence.num_scheduled > 1,
-            sequence.num_cached if sequence.num_scheduled == 1 else 0,
+            sequence.num_cached if sequence.num_scheduled == 1 else sequence.num_scheduled,
         ),
     )

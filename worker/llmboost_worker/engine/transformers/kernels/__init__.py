@@ -29,7 +29,7 @@ __all__ = ["Attention", "BuildError", "Kernels", "Rotation"]
 class Attention(ctypes.Structure):
     """How a layer attends. Sizes in elements; `softcap` and `window` 0: none."""
 
-    _fields_ = [  # noqa: RUF012  # what ctypes asks for
+    _fields_ = [  # what ctypes asks for
         *((name, c_int) for name in ("heads", "key_heads", "key_dim", "value_dim", "block_size")),
         ("scale", c_float),
         ("softcap", c_float),
@@ -38,10 +38,10 @@ class Attention(ctypes.Structure):
 
 
 class Rotation(ctypes.Structure):
-    """Rotary positions of a layer. `rotated`: the first dimensions of each head; `cos` and `sin`: addresses of
-    float32 [positions, rotated]; `epsilon`: of the heads' norms."""
+    """Rotary positions of a layer. `rotated`: the first dimensions of each head; `cos` and `sin`: addresses
+    of float32 [positions, rotated]; `epsilon`: of the heads' norms."""
 
-    _fields_ = [  # noqa: RUF012
+    _fields_ = [
         *((name, c_int) for name in ("heads", "key_heads", "dim", "value_dim", "rotated")),
         ("cos", c_void_p),
         ("sin", c_void_p),
@@ -146,8 +146,8 @@ class Kernels:
         keys: Tensor,
         values: Tensor,
     ) -> None:
-        """Norms and rotates the heads of `qkv` [rows, queries + keys + values] where they are, and writes keys
-        and values into their slots."""
+        """Norms and rotates the heads of `qkv` [rows, queries + keys + values] where they are, and writes
+        keys and values into their slots."""
         self._rotate_and_store(
             qkv.data_ptr(),
             ctypes.byref(how),
@@ -167,7 +167,17 @@ def scratch_size(rows: int, heads: int, key_heads: int, value_dim: int, most_par
 
 
 ARGUMENTS = {
-    "attend": [c_void_p, c_void_p, c_int64, *[c_void_p] * 3, c_int64, *[c_void_p] * 3, c_int, c_void_p, c_int],
+    "attend": [
+        c_void_p,
+        c_void_p,
+        c_int64,
+        *[c_void_p] * 3,
+        c_int64,
+        *[c_void_p] * 3,
+        c_int,
+        c_void_p,
+        c_int,
+    ],
     "add_rms_norm": [*[c_void_p] * 3, c_float, c_void_p, c_int, c_int],
     "silu_mul": [c_void_p, c_void_p, c_int, c_int],
     "rotate_and_store": [*[c_void_p] * 8, c_int],
