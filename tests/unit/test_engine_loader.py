@@ -273,8 +273,10 @@ def test_the_self_test_notices_blocks_that_are_not_a_sequences_own(
         layout = of(*arguments)
         if broken == "ends":
             layout.ends = layout.ends - (layout.rows == 1)
+            layout.positions[: layout.num_single] -= 1
         elif broken == "tables":
             layout.tables = layout.tables[:, ::-1]
+            layout.block_tables = layout.block_tables.flip(1).contiguous()
         else:
             layout.slots = layout.slots.roll(1)
         return layout
