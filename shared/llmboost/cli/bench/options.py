@@ -17,6 +17,8 @@ STANDARD = "-"
 """Standard output, in the place of a file."""
 PLOTS = (".png", ".svg", ".pdf")
 
+_PROMPT, _ANSWER = Span(256, 256), Span(128, 128)
+
 _ELSEWHERE = {
     "--host": "give the URL",
     "--port": "give the URL",
@@ -48,12 +50,12 @@ class Options:
 
     url: str
     """With its `/v1`."""
+    loads: tuple[Load, ...]
     api_key: str | None = None
     model: str | None = None
     """None: the first that the server lists."""
     endpoint: str = "auto"
     """completions, chat, or auto: completions where there is such a thing."""
-    loads: tuple[Load, ...] = (Load(concurrency=1),)
     burstiness: float = 1.0
     """Of arrivals at a rate: 1 is Poisson's, less is burstier, more is more even."""
     num_requests: int | None = None
@@ -61,8 +63,8 @@ class Options:
     """Seconds in which requests are sent; those under way are waited for."""
     warmup: int | None = None
     """Requests before the measurement. None: as many as run at a time."""
-    prompt_tokens: Span = Span(256, 256)
-    output_tokens: Span = Span(128, 128)
+    prompt_tokens: Span = _PROMPT
+    output_tokens: Span = _ANSWER
     shared_prefix_tokens: int = 0
     """Before each prompt, and besides its own tokens."""
     num_prefixes: int = 1
@@ -146,7 +148,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="llmboost bench",
         usage="llmboost bench [URL] [FLAGS]",
-        description="Measures a server with OpenAI's protocol, ours or another's, by streaming requests from it.",
+        description="Measures a server with OpenAI's protocol, ours or another's: answers are streamed from it.",
         epilog="Ctrl-C shows what there is so far. Exit code 0: requests were answered; 1: none was; "
         "2: the arguments are wrong. Underscores are taken for dashes.",
         allow_abbrev=False,
@@ -202,7 +204,7 @@ def _parser() -> Parser:
         "--input",
         type=Path,
         metavar="FILE",
-        help="JSON lines with a prompt or messages each, in the place of made-up prompts; also a batch's lines.",
+        help="JSON lines with a prompt or messages each, in the place of made-up ones; also a batch's.",
     )
     add("--temperature", metavar="T[,T...]", help="Several: each request takes one of them at random [0].")
     add("--seed", metavar="N", help="Makes the same prompts, lengths and times again [a new one each time].")

@@ -27,7 +27,7 @@ class Record:
 
     @property
     def output_tokens(self) -> int:
-        """By the server's count; chunks may hold several tokens, or be held back until characters are whole."""
+        """By the server's count: a chunk may hold several, or wait until characters are whole."""
         return sum(self.chunks) if self.counted_tokens is None else self.counted_tokens
 
     @property

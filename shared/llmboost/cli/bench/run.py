@@ -195,9 +195,7 @@ class Point:
         if self._late and (late := percentile(sorted(self._late), 99)) > LATE_S:
             warnings.append(f"a hundredth of the requests were sent {late * 1000:.0f} ms late, or more")
         if found["counted_by"] == "chunks" and found["requests"]["ok"]:
-            warnings.append(
-                "the server does not count its tokens: chunks are counted, which may hold several"
-            )
+            warnings.append("tokens are counted as chunks, which may hold several: the server sends no usage")
         return {
             "load": str(self.load),
             "concurrency": self.load.concurrency,

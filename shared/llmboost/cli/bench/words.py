@@ -13,7 +13,7 @@ WORDS = tuple(
     "every found still between name should home big give air line set own under read last never us left end "
     "along while might next sound below saw something thought both few those always show large often "
     "together asked house world going want school important until form food keep children feet land side "
-    "without boy once animals life enough took four head above kind began almost live page got earth need".split()
+    "without boy once animals life enough took four head above kind began almost live page got earth".split()
 )
 
 
