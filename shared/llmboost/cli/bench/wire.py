@@ -215,7 +215,7 @@ class Connections:
         context = ssl.create_default_context(cafile=certifi.where()) if secure else None
         try:
             _, connection = await asyncio.get_running_loop().create_connection(
-                Connection, self._url.hostname, port, ssl=context
+                Connection, self._url.hostname or "", port, ssl=context
             )
         except ssl.SSLError as error:
             raise WireError("TLS", f"no secure connection: {error}") from None
