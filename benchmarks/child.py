@@ -6,7 +6,7 @@ own, and is slower for it.
 
 import multiprocessing
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -17,11 +17,14 @@ Runner = Callable[..., Any]
 class Child:
     """Runs one thing at a time: what it was made for, with new arguments."""
 
-    def __init__(self, make: Callable[..., Runner], **arguments: Any) -> None:
-        """`make` is called there, once, and returns what runs. It is sent by name: a function of a module."""
+    def __init__(
+        self, make: Callable[..., Runner], *, env: Mapping[str, str] | None = None, **arguments: Any
+    ) -> None:
+        """`make` is called there, once, and returns what runs. It is sent by name: a function of a module.
+        `env`: set before anything is imported there."""
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs, make, arguments), daemon=True)
+        self._process = context.Process(target=_serve, args=(theirs, env or {}, make, arguments), daemon=True)
         self._process.start()
         theirs.close()
 
@@ -51,7 +54,10 @@ class Child:
         self._process.kill()
 
 
-def _serve(pipe: Connection, make: Callable[..., Runner], arguments: dict[str, Any]) -> None:
+def _serve(
+    pipe: Connection, env: Mapping[str, str], make: Callable[..., Runner], arguments: dict[str, Any]
+) -> None:
+    os.environ.update(env)
     from transformers.utils import logging
 
     logging.disable_progress_bar()

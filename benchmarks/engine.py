@@ -10,6 +10,10 @@ from llmboost.jobs import SamplingParams
 from llmboost_worker.engine.interface import SequenceRequest, StepOutput
 
 
+WORKERS_ENV = {"OMP_WAIT_POLICY": "passive"}
+"""What a worker sets before it loads torch."""
+
+
 @dataclass
 class Run:
     """What some requests took, in seconds."""

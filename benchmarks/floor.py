@@ -18,7 +18,7 @@ from typing import Any
 
 from benchmarks import results
 from benchmarks.child import Child
-from benchmarks.engine import Run, in_process
+from benchmarks.engine import WORKERS_ENV, Run, in_process
 from benchmarks.models import VOCAB, smollm2
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for dtype in options.dtypes:
         arguments = {"model": smollm2(), "dtype": dtype, "threads": options.threads}
-        with Child(in_process, **arguments) as engine, Child(bare, **arguments) as floor:
+        with Child(in_process, env=WORKERS_ENV, **arguments) as engine, Child(bare, **arguments) as floor:
             warm = _prompts(4, 32, "warm")
             engine.run(prompts=warm, max_tokens=[8] * 4, concurrency=4)
             floor.run(prompts=warm, max_tokens=8)

@@ -1,7 +1,7 @@
 """The whole system (client, API pod, Redis, worker) beside the engine in process, with the same requests.
 
-`llmboost serve` is measured by `llmboost bench`; all of that shares the cores with the engine in it. Throughput
-at several concurrencies, and time to first token of one request at a time.
+`llmboost serve` is measured by `llmboost bench`; all of that shares the cores with the engine in it.
+Throughput at several concurrencies, and time to first token of one request at a time.
 
     python -m benchmarks.system [--concurrency 16,32] [--prompt-tokens 64] [--tokens 64] [--rounds 3]
 """
@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks import results, servers
 from benchmarks.child import Child
-from benchmarks.engine import Run, in_process
+from benchmarks.engine import WORKERS_ENV, Run, in_process
 from benchmarks.models import VOCAB, smollm2
 from llmboost.cli.bench.options import Options
 from llmboost.cli.bench.run import measure
@@ -36,7 +36,7 @@ def main() -> None:
     for dtype in options.dtypes:
         model = smollm2()
         with (
-            Child(in_process, model=model, dtype=dtype, threads=options.threads) as engine,
+            Child(in_process, env=WORKERS_ENV, model=model, dtype=dtype, threads=options.threads) as engine,
             servers.llmboost(model, dtype, options.threads) as server,
         ):
             for concurrency in [1, *options.concurrency]:
