@@ -9,7 +9,6 @@ from typing import Any
 from llmboost.jobs import SamplingParams
 from llmboost_worker.engine.interface import SequenceRequest, StepOutput
 
-
 WORKERS_ENV = {"OMP_WAIT_POLICY": "passive"}
 """What a worker sets before it loads torch."""
 

@@ -148,7 +148,7 @@ def _parser() -> Parser:
     parser = Parser(
         prog="llmboost bench",
         usage="llmboost bench [URL] [FLAGS]",
-        description="Measures a server with OpenAI's protocol, ours or another's, by streaming answers from it.",
+        description="Measures a server with OpenAI's protocol, by streaming answers from it.",
         epilog="Ctrl-C shows what there is so far. Exit code 0: requests were answered; 1: none was; "
         "2: the arguments are wrong. Underscores are taken for dashes.",
         allow_abbrev=False,

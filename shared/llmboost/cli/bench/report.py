@@ -1,4 +1,4 @@
-"""Reports of earlier runs, as `--json` wrote them."""
+"""Reports: how they are kept, and what they are about."""
 
 import json
 import sys
@@ -36,3 +36,21 @@ def read(source: Path) -> dict[str, Any]:
         raise UsageError(f"--compare {str(source)!r} is of another version of llmboost: measure again")
     found: dict[str, Any] = report
     return found
+
+
+def described(report: dict[str, Any]) -> str:
+    """What was measured, in a line."""
+    workload = report["workload"]
+    if "input" in workload:
+        prompts = f"prompts from {workload['input']}"
+    else:
+        prompts = f"prompts of {workload['prompt_tokens']} tokens"
+        if workload["shared_prefix_tokens"]:
+            prompts += (
+                f" after {workload['num_prefixes']} shared prefixes of {workload['shared_prefix_tokens']}"
+            )
+    temperatures = ", ".join(f"{value:g}" for value in workload["temperatures"])
+    return (
+        f"{report['model']} at {report['url']}, {report['endpoint']}: {prompts}, answers of "
+        f"{workload['output_tokens']}, temperature {temperatures}, seed {workload['seed']}"
+    )

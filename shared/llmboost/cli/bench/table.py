@@ -7,6 +7,8 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from llmboost.cli.bench.report import described
+
 WIDE = 132
 """Columns of a table that no terminal limits."""
 _LATENCIES = {
@@ -20,7 +22,7 @@ _LATENCIES = {
 def show(reports: Sequence[dict[str, Any]], console: Console) -> None:
     """Prints the newest report, which comes first, and the others beside it."""
     newest, *others = reports
-    console.print(Text(_title(newest), style="bold"))
+    console.print(Text(described(newest), style="bold"))
     if len(newest["points"]) == 1 and not others:
         console.print(_details(newest["points"][0]))
     else:
@@ -39,7 +41,7 @@ def remarks(report: dict[str, Any]) -> list[str]:
     """What to know before the figures are believed, and what went wrong."""
     lines = list(report["notes"])
     for point in report["points"]:
-        where = f"{described(point)}: " if len(report["points"]) > 1 else ""
+        where = f"{load_of(point)}: " if len(report["points"]) > 1 else ""
         lines += [where + warning for warning in point["warnings"]]
         lines += [
             f"{where}{error['count']} failed, {error['kind']}: {error['message']}"
@@ -50,26 +52,9 @@ def remarks(report: dict[str, Any]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
-def described(point: dict[str, Any]) -> str:
+def load_of(point: dict[str, Any]) -> str:
     """The load, in words."""
     return f"{point['load']} requests" if point["request_rate"] else f"concurrency {point['load']}"
-
-
-def _title(report: dict[str, Any]) -> str:
-    workload = report["workload"]
-    if "input" in workload:
-        prompts = f"prompts from {workload['input']}"
-    else:
-        prompts = f"prompts of {workload['prompt_tokens']} tokens"
-        if workload["shared_prefix_tokens"]:
-            prompts += (
-                f" after {workload['num_prefixes']} shared prefixes of {workload['shared_prefix_tokens']}"
-            )
-    temperatures = ", ".join(f"{value:g}" for value in workload["temperatures"])
-    return (
-        f"{report['model']} at {report['url']}/{report['endpoint']}: {prompts}, answers of "
-        f"{workload['output_tokens']}, temperature {temperatures}, seed {workload['seed']}"
-    ).replace("/chat,", "/chat/completions,")
 
 
 def _details(point: dict[str, Any]) -> RenderableType:
@@ -94,7 +79,7 @@ def _totals(point: dict[str, Any]) -> list[tuple[str, str]]:
         if point[key]
     ]
     found = [
-        ("load", described(point)),
+        ("load", load_of(point)),
         ("requests", f"{requests['ok']} ok, {requests['failed']} failed in {point['duration_s']:.2f} s"),
         ("tokens of a request, mean", ", ".join(tokens) or "none"),
         ("requests/s", f"{point['requests_per_s']:.2f}"),
@@ -114,13 +99,16 @@ def _totals(point: dict[str, Any]) -> list[tuple[str, str]]:
 def _rows(reports: Sequence[dict[str, Any]]) -> Table:
     """A row for each point of each report; of several, those of the same load stand together."""
     several = len(reports) > 1
-    table = Table(caption="latencies in milliseconds: p50 / p90 / p99", caption_justify="left")
-    names = ["load", *(["label"] if several else []), "ok", "failed", "req/s", "out tok/s", "tok/s"]
+    caption = "latencies in milliseconds: p50 / p90 / p99"
+    if several:
+        caption += f"; ratio: output of {reports[0]['label']} to that of the row"
+    table = Table(caption=caption, caption_justify="left")
+    names = ["load", *(["label"] if several else []), "ok", "failed", "req/s", "out tok/s", "total tok/s"]
     first = {point["load"]: point for point in reports[0]["points"]}
     goodput = any("goodput" in point for report in reports for point in report["points"])
     for name in [
         *names,
-        *(["x"] if several else []),
+        *(["ratio"] if several else []),
         *(["good/s"] if goodput else []),
         "first token",
         "inter-token",

@@ -134,8 +134,11 @@ class _Search:
                 return model
         if wanted is not None:
             return _Model(wanted)  # whether it is there is said by the answer to the first request
+        url = f"{self._options.url}/models"
+        if status == 200:
+            raise TargetError(f"{url} lists no model: wait until one is loaded, or name one with --model")
         raise TargetError(
-            f"{self._options.url}/models lists no model (status {status}): name one with --model"
+            f"{url} is answered with status {status}: is it the right URL? --model names a model"
         )
 
     async def _probe(self, prompt: Any) -> Record:
