@@ -8,8 +8,9 @@ from typing import Any
 
 from llmboost.jobs import SamplingParams
 from llmboost_worker.engine.interface import SequenceRequest, StepOutput
+from llmboost_worker.worker import OPENMP
 
-WORKERS_ENV = {"OMP_WAIT_POLICY": "passive"}
+WORKERS_ENV = OPENMP
 """What a worker sets before it loads torch."""
 
 
