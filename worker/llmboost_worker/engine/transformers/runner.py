@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers import sampler
+from llmboost_worker.engine.transformers import failures
 from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.forward import Forward
 from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.sampler import Draw
+from llmboost_worker.engine.transformers.sampler import Draw, Sampler
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -25,12 +25,14 @@ class ModelRunner:
         self._forward = forward
         self._cache = cache
         self._device = device
+        self._sampler = Sampler()
 
     def run(self, batch: list[Sequence]) -> dict[str, Draw]:
         """By sequence id, for the sequences whose last token this step reaches and for those that fail.
 
-        If the step throws, halves of it are tried until the culprits are found. That is safe to do: a second
-        forward writes the same keys and values into the same places.
+        If the step throws, halves of it are tried until the culprits are found, and of a sequence that has no
+        memory for its chunk half of that: its `num_scheduled` says how much was computed. That is safe to do:
+        a second forward writes the same keys and values into the same places.
 
         Raises:
             torch.AcceleratorError: the device is lost; nothing can be computed any more.
@@ -39,17 +41,27 @@ class ModelRunner:
             ordered = in_order(batch)
             layout = StepLayout.of(ordered, self._cache.block_size, self._device)
             logits, sampled = self.forward(ordered, layout)
-            drawn = sampler.sample(logits, sampled) if sampled else []
+            drawn = self._sampler.sample(logits, sampled) if sampled else []
             draws = {sequence.id: draw for sequence, draw in zip(sampled, drawn, strict=True)}
             return draws | self._unsound(ordered, layout)
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-            if len(batch) == 1:
+            if failures.is_device_lost(error):
+                raise
+            shorter = failures.is_out_of_memory(error) and batch[0].num_scheduled > 1
+            if len(batch) == 1 and not shorter:
                 logger.exception("sequence %s failed in a step", batch[0].id)
-                return {batch[0].id: Draw(error=f"{type(error).__name__}: {error}")}
+                return {batch[0].id: Draw(error=failures.explain(error))}
+        # Not before: the exception held what the step had allocated.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            batch[0].num_scheduled //= 2
+            logger.warning(
+                "sequence %s has no memory for its chunk; trying %d tokens",
+                batch[0].id,
+                batch[0].num_scheduled,
+            )
+            return self.run(batch)
         middle = len(batch) // 2
         return self.run(batch[:middle]) | self.run(batch[middle:])
 

@@ -91,7 +91,10 @@ def _reference(loaded: LoadedModel, tokens: list[int]) -> Tensor:
 
 def _compare(loaded: LoadedModel, logits: Tensor, expected: Tensor, quantization: Quantization) -> None:
     if not expected.isfinite().all():
-        raise EngineError(f"the model's logits are not finite in {loaded.dtype}: choose another dtype")
+        raise EngineError(
+            f"the model's logits are not finite in {loaded.dtype}: choose another dtype; if it is the one "
+            "that the model was made for, its weights are damaged: fetch them again"
+        )
     logits, expected = logits.double(), expected.double()
     distance = float((logits - expected).norm() / expected.norm().clamp_min(1e-9))
     if not distance <= TOLERANCE[torch.int8 if quantization == "int8" else loaded.dtype]:
