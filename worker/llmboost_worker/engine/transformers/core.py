@@ -85,8 +85,10 @@ class EngineCore:
             except Exception as error:  # whatever is wrong with a request is its own affair
                 self._ended.append(_failure(request.id, str(error), is_refused=True))
                 continue
-            if reason := sequence.finish_reason():
-                self._ended.append(SequenceOutput(request.id, [], None, reason))
+            reason = sequence.finish_reason()
+            if reason and not sequence.is_scored:
+                of_prompt = sequence.prompt_logprobs
+                self._ended.append(SequenceOutput(request.id, [], None, reason, prompt_logprobs=of_prompt))
             else:
                 self._sequences[sequence.id] = sequence
                 self._scheduler.add(sequence)
@@ -158,10 +160,14 @@ class EngineCore:
         """Takes what was drawn into the sequence."""
         if draw.error is not None:
             return _failure(sequence.id, draw.error, draw.is_refused)
+        of_prompt, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        if reason := sequence.finish_reason():  # it ran for the logprobs of its prompt alone
+            return SequenceOutput(sequence.id, [], None, reason, prompt_logprobs=of_prompt)
         sequence.append(draw.token)
         self._output_tokens += 1
         logprobs = None if draw.logprobs is None else [draw.logprobs]
-        return SequenceOutput(sequence.id, [draw.token], logprobs, sequence.finish_reason())
+        reason = sequence.finish_reason()
+        return SequenceOutput(sequence.id, [draw.token], logprobs, reason, prompt_logprobs=of_prompt)
 
 
 def _failure(id: str, error: str, is_refused: bool = False) -> SequenceOutput:

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers import failures
+from llmboost_worker.engine.transformers import failures, scoring
 from llmboost_worker.engine.transformers.attention import DecodeSegment, PrefillSegment, Segment, attending
 from llmboost_worker.engine.transformers.cache import Slot
 from llmboost_worker.engine.transformers.sampler import Draw, Sampler
+from llmboost_worker.engine.transformers.scoring import PromptScores
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,7 @@ class ModelRunner:
         Raises:
             torch.AcceleratorError: the device is lost; nothing can be computed any more.
         """
+        batch = scoring.bounded(batch)
         try:
             logits, sampled = self.forward(batch)
             draws = self._sampler.sample(logits, sampled) if sampled else []
@@ -66,25 +68,32 @@ class ModelRunner:
         positions: list[int] = []
         last_rows: list[int] = []
         sampled: list[Sequence] = []
+        scores = PromptScores()
         for sequence in ordered:
             end = sequence.num_cached + sequence.num_scheduled
+            scores.add(sequence, len(tokens))
             tokens += sequence.tokens[sequence.num_cached : end]
             positions += range(sequence.num_cached, end)
             if sequence.is_sampled:
                 sampled.append(sequence)
                 last_rows.append(len(tokens) - 1)
-        all_rows = len(last_rows) == len(tokens)
+        num_scored = len(scores.rows)
+        kept_rows = scores.rows + last_rows
+        all_rows = not num_scored and len(last_rows) == len(tokens)
         with attending(segments):
             output = self._model(
                 input_ids=torch.tensor([tokens], device=self._device),
                 position_ids=torch.tensor([positions], device=self._device),
                 use_cache=False,
-                # Projecting to the vocabulary is the widest product of all: only rows that are sampled.
+                # Projecting to the vocabulary is the widest product of all: only rows that are wanted.
                 logits_to_keep=0
                 if all_rows
-                else torch.tensor(last_rows, dtype=torch.int64, device=self._device),
+                else torch.tensor(kept_rows, dtype=torch.int64, device=self._device),
             )
-        return output.logits[0], sampled
+        logits: Tensor = output.logits[0]
+        if num_scored:
+            scores.take(logits[:num_scored])
+        return logits[num_scored:], sampled
 
     def _pack(self, batch: list[Sequence]) -> tuple[list[Sequence], list[Segment]]:
         """The order of the sequences in the row of tokens, and what each part of it attends to."""

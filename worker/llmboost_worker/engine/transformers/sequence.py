@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from llmboost_worker.engine.interface import EngineInfo, FinishReason, SequenceRequest
+from llmboost_worker.engine.interface import EngineInfo, FinishReason, SequenceRequest, TokenLogprobs
 from llmboost_worker.engine.transformers import randomness
 
 if TYPE_CHECKING:
@@ -45,6 +45,10 @@ class Sequence:
         """Not drawn before `min_tokens`."""
         self.bias_ids = np.array(list(sampling.logit_bias.keys()), dtype=np.int64)
         self.bias_values = np.array(list(sampling.logit_bias.values()), dtype=np.float32)
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        """Of the prompt's tokens, as far as it is computed; None: not asked for, or given away."""
+        if sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
         penalised = (
             sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
         )
@@ -65,6 +69,11 @@ class Sequence:
     def is_decoding(self) -> bool:
         """Only the token drawn last is missing from the slot."""
         return self.num_cached > 0 and self.num_uncached == 1
+
+    @property
+    def is_scored(self) -> bool:
+        """Tokens of its prompt still want their logprobs."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
 
     @property
     def is_sampled(self) -> bool:
