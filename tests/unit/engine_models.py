@@ -115,6 +115,8 @@ class Collected:
     finish_reason: str | None = None
     error: str | None = None
     is_refused: bool = False
+    prompt_logprobs: list[Any] | None = None
+    prompt_logprobs_came: int = 0
 
 
 class Driver:
@@ -141,6 +143,9 @@ class Driver:
         sequence.finish_reason = output.finish_reason
         sequence.error = output.error
         sequence.is_refused = output.is_refused
+        if output.prompt_logprobs is not None:
+            sequence.prompt_logprobs = output.prompt_logprobs
+            sequence.prompt_logprobs_came += 1
 
     def _on_failure(self, error: BaseException) -> None:
         with self.changed:

@@ -42,9 +42,9 @@ EXIT_WITHIN_S = 10.0
 OPENMP = {"GOMP_SPINCOUNT": "4000"}
 """For torch's threads, read when it is loaded: how long they spin before they sleep while they wait for each
 other; this is some tens of microseconds. A step has hundreds of products, and little between them. By
-default they spin for milliseconds, and so hold up the one they wait for as soon as anything else wants a core,
-such as Redis and the pod. Measured with 16 sequences on two cores, in ms a step, alone and beside a process
-that never rests: sleeping at once 32 and 38, this 22 and 53, by default 20 and 150."""
+default they spin for milliseconds, and so hold up the one they wait for as soon as anything else wants a
+core, such as Redis and the pod. Measured with 16 sequences on two cores, in ms a step, alone and beside one
+process that never rests: sleeping at once 32 and 38, this 22 and 53, by default 20 and 150."""
 
 T = TypeVar("T")
 Load = Callable[[WorkerSettings], tuple[Engine, Tokenizer]]
