@@ -30,7 +30,7 @@ class Sequence:
 
 
 class Model:
-    """What a cache must look like, kept beside the manager: contents by block, written by who computes."""
+    """What a cache must look like, kept beside the manager: contents by block, as sequences write them."""
 
     def __init__(self, enable_prefix_caching: bool = True, num_blocks: int = BLOCKS) -> None:
         self.manager = BlockManager(1 + num_blocks, SIZE, enable_prefix_caching)

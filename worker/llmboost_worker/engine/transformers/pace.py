@@ -34,6 +34,9 @@ FASTER = 0.8
 DECAY = 0.8
 """Weight of what was known of prompt tokens, against one new step."""
 
+NEAR = 256
+"""Tokens of context that make no difference."""
+
 SURPRISE = 3
 """Times the expected that a measurement counts at most: the machine has other things to do now and then."""
 
@@ -130,10 +133,10 @@ class _PrefillCost:
 
     def __init__(self) -> None:
         self._spent: dict[int, tuple[float, float]] = {}
-        """Decayed sums of seconds and tokens, by the context's bit length."""
+        """Decayed sums of seconds and tokens, by the context."""
 
     def learn(self, tokens: int, context: int, seconds: float) -> None:
-        size = context.bit_length()
+        size = (context // NEAR).bit_length()
         spent, before = self._spent.get(size, (0.0, 0.0))
         if spent:
             seconds = min(seconds, SURPRISE * spent / before * tokens)
@@ -143,7 +146,7 @@ class _PrefillCost:
         """Tokens after `context` others; 0 if nothing is known."""
         if not self._spent:
             return 0
-        size = context.bit_length()
+        size = (context // NEAR).bit_length()
         # What was never measured costs no more than the next longer context, or than twice the next shorter
         # one for each doubling between them. Once tried, it is known.
         known = min((other for other in self._spent if other >= size), default=max(self._spent))
