@@ -114,6 +114,7 @@ class Collected:
     logprobs: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    cached_tokens: int = 0
 
 
 class Driver:
@@ -139,6 +140,7 @@ class Driver:
         sequence.logprobs += output.logprobs or []
         sequence.finish_reason = output.finish_reason
         sequence.error = output.error
+        sequence.cached_tokens += output.cached_tokens
 
     def _on_failure(self, error: BaseException) -> None:
         with self.changed:
