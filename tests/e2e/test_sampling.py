@@ -65,7 +65,8 @@ def requests() -> list[dict[str, Any]]:
 
 
 def essence(answer: dict[str, Any]) -> dict[str, Any]:
-    """What must not depend on the batch: all but the id, the time, and the last digits of logprobs."""
+    """What must not depend on the batch: all but the id, the time, the last digits of logprobs, and what was
+    cached."""
     choices = []
     for choice in answer["choices"]:
         logprobs = choice.pop("logprobs")
@@ -76,6 +77,7 @@ def essence(answer: dict[str, Any]) -> dict[str, Any]:
             values = [round(logprob, 2) for logprob in logprobs["token_logprobs"]]
             tokens = list(zip(logprobs["tokens"], values, strict=True))
         choices.append({**choice, "tokens": tokens})
+    answer["usage"].pop("prompt_tokens_details")
     return {"choices": choices, "usage": answer["usage"], "object": answer["object"]}
 
 

@@ -1,6 +1,7 @@
 """One job in a worker's hands, without the worker around it."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from arq.connections import ArqRedis
@@ -8,6 +9,7 @@ from arq.connections import ArqRedis
 from llmboost.entries import ChoiceDelta, Delta, Terminal
 from llmboost.queue import JobQueue
 from llmboost.streams import StreamFenced, TokenStreams, Transcript, Writer, append_to
+from llmboost_worker.engine.interface import SequenceOutput, SequenceRequest
 from llmboost_worker.generation import Generator
 from llmboost_worker.publisher import Outbox, Publisher
 from llmboost_worker.text import encode_prompt
@@ -171,3 +173,43 @@ async def test_the_prompts_logprobs_are_in_the_stream_once_whoever_writes_them(
         assert sum(each.width or 0 for each in of_prompt) == len("so")
         assert len(log.choices[index].token_ids) == max_tokens
     await queue.discard(job.id)
+
+
+async def test_what_was_cached_of_a_prompt_counts_once(
+    redis: ArqRedis, queue: JobQueue, streams: TokenStreams
+) -> None:
+    """As the first choice found it: those after it find what that one has computed. An attempt that goes on
+    after another, of which the first choice was complete, says what the next one found."""
+
+    class Caching(ScriptedEngine):
+        def _advance(self, request: SequenceRequest, output_ids: list[int]) -> SequenceOutput:
+            found = 3 + request.choice if len(output_ids) == len(request.output_ids) else 0
+            return replace(super()._advance(request, output_ids), cached_tokens=found)
+
+    async def cached_tokens(log: list[ChoiceDelta]) -> int:
+        engine = Caching([70])
+        publisher = Publisher(redis, streams)
+        generator = Generator(engine, engine.info, byte_level(), streams, publisher, "worker")
+        job = make_job(max_tokens=2, n=3, needs_audience=False)
+        await queue.submit(job)
+        if log:
+            await streams.begin(Writer(job.id, 1), "worker")
+            pipe = redis.pipeline(transaction=False)
+            append_to(pipe, job.id, "1-1", Delta(log))
+            await pipe.execute()
+        engine.start(generator.deliver, lambda error: None)
+        sending = asyncio.create_task(publisher.run())
+        attempt = asyncio.create_task(generator.run(job, 2))
+        await wait_until(lambda: engine.sequences)
+        while engine.step():
+            pass
+        await asyncio.wait_for(attempt, 10)
+        sending.cancel()
+        _, terminal = (await streams.read(job.id))[-1]
+        assert isinstance(terminal, Terminal)
+        assert terminal.usage is not None
+        await queue.discard(job.id)
+        return terminal.usage.cached_tokens
+
+    assert await cached_tokens([]) == 3
+    assert await cached_tokens([ChoiceDelta(0, 0, [70, 70], "aa", "length")]) == 4

@@ -117,6 +117,7 @@ class Collected:
     is_refused: bool = False
     prompt_logprobs: list[Any] | None = None
     prompt_logprobs_came: int = 0
+    cached_tokens: int = field(default=0, compare=False)
 
 
 class Driver:
@@ -146,6 +147,7 @@ class Driver:
         if output.prompt_logprobs is not None:
             sequence.prompt_logprobs = output.prompt_logprobs
             sequence.prompt_logprobs_came += 1
+        sequence.cached_tokens += output.cached_tokens
 
     def _on_failure(self, error: BaseException) -> None:
         with self.changed:

@@ -107,6 +107,7 @@ class TransformersEngine(Engine):
                 error = EngineError(f"can't start the engine: {type(error).__name__}: {error}")
             started.set_exception(error)
             return
+        self._publish(core, [])
         started.set_result(core.info)
         try:
             with torch.inference_mode():

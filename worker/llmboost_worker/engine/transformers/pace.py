@@ -11,6 +11,10 @@ from statistics import median
 
 UNBOUNDED = 1 << 30
 
+SHARE = 0.75
+"""What the prompts' part of a step may cost, in pure decode steps. The issue of it all is that nobody waits for
+a token more than three times as long as usual; what is left is for the machine's moods."""
+
 MIN_CHUNK = 4
 """Tokens that prompts get however dear they look: they must get on, and give new measurements."""
 
@@ -68,11 +72,11 @@ class Pace:
             self._prefill.learn(tokens, context, own)
 
     def tokens(self, decoding: int, prompts: int, context: int) -> int:
-        """Prompt tokens for the next step, so that it takes about twice as long as a pure decode step.
+        """Prompt tokens for the next step, so that it takes less than twice as long as a pure decode step.
 
-        Where prompts crowd, those behind them weigh as much as those who read: the step grows by as many
-        decode steps as there are prompts per running sequence. Otherwise a full house would spend its time on
-        small steps, in which few decode and most wait.
+        Where prompts crowd, those behind them weigh as much as those who read: they get as many times more as
+        there are prompts per running sequence. Otherwise a full house would spend its time on small steps, in
+        which few decode and most wait.
 
         Args:
             decoding: rows of the step that decode
@@ -84,7 +88,7 @@ class Pace:
         batch = self._batches.setdefault(decoding.bit_length(), _Batch())
         if batch.seconds is None or batch.num_mixed >= STALE:
             return 0
-        seconds = batch.seconds * max(1.0, prompts / max(decoding, CROWD))
+        seconds = SHARE * batch.seconds * max(1.0, prompts / max(decoding, CROWD))
         return batch.allow(max(MIN_CHUNK, self._prefill.affordable(seconds, context)))
 
 
