@@ -1,0 +1,76 @@
+"""What the vLLM engine is told, and how vLLM is told."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from llmboost.settings import LogLevel
+
+GIB = 1 << 30
+
+DRAWING = "llmboost_worker.engine.vllm.drawing:KeyedDrawing"
+"""What draws the tokens, as vLLM's processes import it."""
+
+MAX_LOGPROBS = 20
+"""As many as OpenAI's `top_logprobs` allows."""
+
+OURS = frozenset({"model", "tokenizer", "logits_processors", "logprobs_mode", "speculative_config"})
+"""Arguments of vLLM on which the engine's contract rests: not for `options`."""
+
+
+@dataclass(frozen=True, slots=True)
+class VllmConfig:
+    """Raises `ValueError` with the name of what can't work."""
+
+    model: str
+    """A folder in Hugging Face's layout, or a name on the hub."""
+    revision: str | None = None
+    trust_remote_code: bool = False
+    dtype: str = "auto"
+    """auto: float32 on a CPU, as in the transformers engine; the checkpoint's own elsewhere."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:<n>. vLLM is built for one kind of device: this can only agree."""
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    enable_chunked_prefill: bool = True
+    threads: int | None = None
+    """On a CPU. None: a thread for each physical core that this process may use, bound to it."""
+    kv_cache_memory: float | None = None
+    """GiB for keys and values. None: on a CPU, 0.7 of the free memory less the weights; elsewhere vLLM's
+    own `gpu_memory_utilization`."""
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    log_level: LogLevel = "info"
+    """Of our own messages in vLLM's processes."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of vLLM's `AsyncEngineArgs`; these win."""
+
+    def __post_init__(self) -> None:
+        for name in sorted(OURS & self.options.keys()):
+            raise ValueError(f"vllm_options: {name} can't be set here")
+
+    def arguments(self, on_cpu: bool) -> dict[str, Any]:
+        """Of vLLM's `AsyncEngineArgs`."""
+        arguments: dict[str, Any] = {
+            "model": self.model,
+            "revision": self.revision,
+            "tokenizer_revision": self.revision,
+            "trust_remote_code": self.trust_remote_code,
+            "dtype": "float32" if on_cpu and self.dtype == "auto" else self.dtype,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "enable_chunked_prefill": self.enable_chunked_prefill,
+            "enable_prefix_caching": True,
+            "scheduling_policy": "priority",
+            "tensor_parallel_size": self.tensor_parallel,
+            "pipeline_parallel_size": self.pipeline_parallel,
+            "max_logprobs": MAX_LOGPROBS,
+            "logprobs_mode": "raw_logprobs",  # before temperature, filters and penalties
+            "logits_processors": [DRAWING],
+            "use_tqdm_on_load": False,
+            "disable_log_stats": True,
+        }
+        if self.kv_cache_memory is not None:
+            arguments["kv_cache_memory_bytes"] = int(self.kv_cache_memory * GIB)
+        return arguments | self.options
