@@ -14,12 +14,12 @@ MAX_LOGPROBS = 20
 """As many as OpenAI's `top_logprobs` allows."""
 
 OURS = frozenset({"model", "tokenizer", "logits_processors", "logprobs_mode", "speculative_config"})
-"""Arguments of vLLM on which the engine's contract rests: not for `options`."""
+"""Arguments of vLLM on which the engine's contract rests, or that have a setting: not for `options`."""
 
 
 @dataclass(frozen=True, slots=True)
 class VllmConfig:
-    """Raises `ValueError` with the name of what can't work."""
+    """vLLM itself checks what it is told, when the engine starts."""
 
     model: str
     """A folder in Hugging Face's layout, or a name on the hub."""
@@ -45,16 +45,11 @@ class VllmConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's `AsyncEngineArgs`; these win."""
 
-    def __post_init__(self) -> None:
-        for name in sorted(OURS & self.options.keys()):
-            raise ValueError(f"vllm_options: {name} can't be set here")
-
     def arguments(self, on_cpu: bool) -> dict[str, Any]:
         """Of vLLM's `AsyncEngineArgs`."""
         arguments: dict[str, Any] = {
             "model": self.model,
             "revision": self.revision,
-            "tokenizer_revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
             "dtype": "float32" if on_cpu and self.dtype == "auto" else self.dtype,
             "max_model_len": self.max_model_len,
@@ -68,6 +63,7 @@ class VllmConfig:
             "max_logprobs": MAX_LOGPROBS,
             "logprobs_mode": "raw_logprobs",  # before temperature, filters and penalties
             "logits_processors": [DRAWING],
+            "skip_tokenizer_init": True,  # token ids go in and come out
             "use_tqdm_on_load": False,
             "disable_log_stats": True,
         }

@@ -1,16 +1,19 @@
 """vLLM's asynchronous engine, as much of it as we use; everything here belongs to one event loop."""
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
 
 from llmboost.jobs import SamplingParams
 from llmboost_worker.engine.interface import EngineError, EngineInfo, SequenceOutput, SequenceRequest
 from llmboost_worker.engine.transformers.sequence import Sequence
 from llmboost_worker.engine.vllm import environment, params
 from llmboost_worker.engine.vllm.complaints import Inbox
-from llmboost_worker.engine.vllm.config import VllmConfig
+from llmboost_worker.engine.vllm.config import OURS, VllmConfig
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig as VllmsOwnConfig
@@ -41,7 +44,7 @@ class VllmCore:
         Raises:
             EngineError: with the reason.
         """
-        environment.prepare(config.log_level)
+        environment.prepare(config.log_level, bool(config.options.get("enforce_eager")))
         inbox = Inbox()
         core = None
         try:
@@ -49,13 +52,12 @@ class VllmCore:
             core = cls(llm, _info(llm.vllm_config), inbox)
             await core._test()
         except Exception as error:
-            reason = inbox.trouble or f"{error}" or type(error).__name__
             if core is not None:
                 core.close()
-            else:
-                inbox.close()
-            if isinstance(error, EngineError) and inbox.trouble is None:
+            inbox.close()
+            if isinstance(error, EngineError) and not inbox.trouble:
                 raise
+            reason = inbox.trouble or str(error) or type(error).__name__
             raise EngineError(f"vLLM can't serve {config.model!r}: {' '.join(reason.split())}") from error
         return core
 
@@ -136,11 +138,14 @@ def _load(config: VllmConfig) -> "AsyncLLM":
         environment.prepare_cpu(config.threads, config.tensor_parallel * config.pipeline_parallel)
         if "kv_cache_memory_bytes" not in arguments:
             arguments.setdefault("gpu_memory_utilization", environment.memory_share())
+    allowed = {field.name for field in dataclasses.fields(AsyncEngineArgs)} - OURS
+    for name in config.options.keys() - allowed:
+        why = "is not for you to set" if name in OURS else "is no argument of vLLM's AsyncEngineArgs"
+        raise EngineError(f"vllm_options: {name!r} {why}")
     try:
-        engine_arguments = AsyncEngineArgs(**arguments)
-    except TypeError as error:  # an unknown name
-        raise EngineError(f"--vllm-options: {error}") from error
-    return AsyncLLM.from_engine_args(engine_arguments)
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+    except ValidationError as error:
+        raise EngineError("; ".join(problem["msg"] for problem in error.errors())) from error
 
 
 def _check_device(wanted: str, has: str) -> None:

@@ -17,7 +17,7 @@ CPU_SHARE = 0.7
 """Of the memory that is free on a CPU, for weights and cache. What is free is shared with other processes."""
 
 
-def prepare(log_level: str) -> None:
+def prepare(log_level: str, is_eager: bool) -> None:
     """For any device; before vLLM is imported. What the user has set stays."""
     os.environ[OWNER] = str(os.getpid())
     os.environ[LOG_LEVEL] = log_level
@@ -32,6 +32,10 @@ def prepare(log_level: str) -> None:
         "VLLM_USE_V2_MODEL_RUNNER": "0",
     }.items():
         os.environ.setdefault(name, value)
+    if (
+        is_eager
+    ):  # vLLM would still compile what ranks log probabilities, for which a CPU needs a C++ compiler
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
 def prepare_cpu(threads: int | None, processes: int) -> None:
