@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers import sampler
 from llmboost_worker.engine.transformers.attention import DecodeSegment, PrefillSegment, Segment, attending
 from llmboost_worker.engine.transformers.cache import Slot
-from llmboost_worker.engine.transformers.sampler import Draw
+from llmboost_worker.engine.transformers.sampler import Draw, Sampler
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -21,6 +20,7 @@ class ModelRunner:
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model = model
         self._device = device
+        self._sampler = Sampler()
 
     def run(self, batch: list[Sequence]) -> dict[str, Draw]:
         """By sequence id, for the sequences whose last token this step reaches and for those that fail.
@@ -33,7 +33,7 @@ class ModelRunner:
         """
         try:
             logits, sampled = self.forward(batch)
-            draws = sampler.sample(logits, sampled) if sampled else []
+            draws = self._sampler.sample(logits, sampled) if sampled else []
             return {sequence.id: draw for sequence, draw in zip(sampled, draws, strict=True)}
         except torch.AcceleratorError:
             raise
