@@ -14,7 +14,7 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-from llmboost_worker.engine.transformers import sampler
+from llmboost_worker.engine.transformers.sampler import Sampler
 from llmboost_worker.engine.transformers.sequence import Sequence
 from llmboost_worker.engine.vllm.complaints import Outbox
 from llmboost_worker.engine.vllm.params import EXTRA, decode
@@ -62,6 +62,7 @@ class KeyedDrawing(LogitsProcessor):
     def __init__(self, vllm_config: VllmConfig, device: torch.device, is_pin_memory: bool) -> None:
         self._rows: dict[int, Row] = {}
         """By their place in the batch."""
+        self._sampler = Sampler()
         self._complaints = Outbox()
 
     def is_argmax_invariant(self) -> bool:
@@ -80,7 +81,7 @@ class KeyedDrawing(LogitsProcessor):
         sequences = [self._rows[place].catch_up() for place in places]
         index = torch.tensor(places, device=logits.device)
         ours = logits if len(places) == len(logits) else logits[index]
-        draws = sampler.sample(ours, sequences)
+        draws = self._sampler.sample(ours, sequences)
         for place, sequence, draw in zip(places, sequences, draws, strict=True):
             if draw.error is not None:
                 self._complaints.send(sequence.id, draw.error)
