@@ -121,6 +121,7 @@ class VllmCore:
     def close(self) -> None:
         """Ends vLLM's processes."""
         self._llm.shutdown(timeout=SHUTDOWN_S)
+        del self._llm  # or it would try again at the interpreter's end, when it no longer can
         self._inbox.close()
 
 
