@@ -10,8 +10,10 @@ from tests.e2e.asking import Heard, attempts, create, hear, long_story, transcri
 from tests.e2e.system import LOADING_S, System
 from tests.waiting import wait_until
 
-FLAGS = ("--threads", "1", "--lease", "1", "--kv-cache-memory", "0.25", "--max-model-len", "512")
+FLAGS = ("--threads", "1", "--lease", "1", "--kv-cache-memory", "0.25")
 VLLM = ("--engine", "vllm", "--vllm-options", '{"enforce_eager": true}')
+TOKENS = 1000
+"""Takes seconds, and the first of them are heard while the others are made."""
 SAMPLINGS = {
     "greedy": {"temperature": 0},
     "sampled": {"temperature": 1, "seed": 7, "top_p": 0.95, "frequency_penalty": 0.5},
@@ -24,7 +26,7 @@ async def continued(system: System, streams: TokenStreams, victim: str, heir: st
     heard = {name: Heard() for name in SAMPLINGS}
     async with system.async_openai() as client:
         replies = {
-            name: await create(client, {**long_story(300, **sampling), "stream": True})
+            name: await create(client, {**long_story(TOKENS, **sampling), "stream": True})
             for name, sampling in SAMPLINGS.items()
         }
         for name, reply in replies.items():
@@ -40,7 +42,7 @@ async def continued(system: System, streams: TokenStreams, victim: str, heir: st
             async for chunk in reply:
                 heard[name].take(chunk)
         unbroken = {
-            name: await hear(client, long_story(300, **sampling)) for name, sampling in SAMPLINGS.items()
+            name: await hear(client, long_story(TOKENS, **sampling)) for name, sampling in SAMPLINGS.items()
         }
     for name in SAMPLINGS:
         assert heard[name].finish_reason == "length"
@@ -48,7 +50,7 @@ async def continued(system: System, streams: TokenStreams, victim: str, heir: st
         first, second = await attempts(streams, heard[name].id)
         assert first != second
         assert await attempts(streams, unbroken[name].id) == [second]
-        assert (await transcript(streams, heard[name].id)).completion_tokens == 300
+        assert (await transcript(streams, heard[name].id)).completion_tokens == TOKENS
 
 
 @pytest.mark.timeout(4 * LOADING_S)
