@@ -238,7 +238,11 @@ class WorkerSettings(CommonSettings):
     trust_remote_code: bool = Field(False, description="Run code that comes with a model from the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Precision of weights and cache; auto: float32 on a CPU, the checkpoint's own on a GPU.",
+        description="Precision of weights and cache; auto: the checkpoint's own on a GPU; on a CPU float32, "
+        "or bfloat16 for a checkpoint in it if the processor multiplies that (AMX, AVX512_BF16).",
+    )
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8: keep weights in 8 bits; what is computed with them stays in --dtype."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     threads: NonNegativeInt = Field(
@@ -253,12 +257,18 @@ class WorkerSettings(CommonSettings):
     )
     kv_cache_memory: PositiveFloat | None = Field(
         None,
-        description="GiB for keys and values; default: half of the free memory on a CPU, 0.9 of it on a GPU.",
+        description="GiB for keys and values; default: half of the free memory on a CPU, 0.9 of it on a GPU, "
+        "but no more than --max-num-seqs sequences of full length need.",
     )
     max_num_seqs: PositiveInt = Field(256, description="Sequences in one batch.")
     max_num_batched_tokens: PositiveInt = Field(2048, description="Tokens in one step, prefill included.")
     enable_chunked_prefill: bool = Field(
-        True, description="Split long prompts over several steps, so that running streams don't stall."
+        True, description="Split prompts over several steps, as small as running streams need not to stall."
+    )
+    enable_prefix_caching: bool = Field(
+        True,
+        description="Keep what was computed for requests that begin alike, such as the next turn of a "
+        "conversation, until its memory is needed.",
     )
     vllm_options: JsonObject = Field(
         "{}",

@@ -23,6 +23,10 @@ from transformers import (
 
 from llmboost_worker.engine.interface import EngineError, EngineInfo
 from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, architecture, attention
+from llmboost_worker.engine.transformers.backend import AttentionBackend
+from llmboost_worker.engine.transformers.compiled_backend import CompiledBackend
+from llmboost_worker.engine.transformers.layout import StepLayout
+from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 from tests.unit.engine_models import COMMON, CONFIGS, EOS, driving, prompt, request, save_model
 
 CAUSAL_LM = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2}
@@ -244,24 +248,40 @@ def test_latent_attention_with_keys_wider_than_values_is_served(tmp_path: Path) 
 def test_the_self_test_refuses_attention_that_is_a_little_off(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend = attention.attend
+    def put_off(backend: type[AttentionBackend]) -> None:
+        attend = backend.attend
 
-    def off(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        return attend(query * 1.02, *arguments, **options)
+        def off(self: Any, keys: Any, values: Any, query: torch.Tensor, *rest: Any) -> torch.Tensor:
+            return attend(self, keys, values, query * 1.02, *rest)
 
-    monkeypatch.setattr(attention, "attend", off)
+        monkeypatch.setattr(backend, "attend", off)
+
+    put_off(CompiledBackend)
+    put_off(TorchBackend)
     with pytest.raises(EngineError, match=r"'llama'.*LlamaForCausalLM gives other logits"):
         start(llama)
 
 
-def test_the_self_test_notices_a_slot_read_at_the_wrong_length(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("broken", ["ends", "tables", "slots"])
+def test_the_self_test_notices_blocks_that_are_not_a_sequences_own(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    monkeypatch.setattr(
-        attention.DecodeRun,
-        "_mask",
-        lambda self, window, query: (1, None),
-    )
+    """Read at another length, read in another order, written to another place."""
+    of = StepLayout.of
+
+    def wrong(*arguments: Any) -> StepLayout:
+        layout = of(*arguments)
+        if broken == "ends":
+            layout.ends = layout.ends - (layout.rows == 1)
+            layout.positions[: layout.num_single] -= 1
+        elif broken == "tables":
+            layout.tables = layout.tables[:, ::-1]
+            layout.block_tables = layout.block_tables.flip(1).contiguous()
+        else:
+            layout.slots = layout.slots.roll(1)
+        return layout
+
+    monkeypatch.setattr(StepLayout, "of", wrong)
     with pytest.raises(EngineError, match="gives other logits"):
         start(llama)
 

@@ -293,7 +293,7 @@ def test_cold_means_greedy(temperature: float) -> None:
 @pytest.mark.parametrize(
     ("row", "error"),
     [
-        (torch.full((VOCAB,), -torch.inf), "no token is left"),
+        (torch.full((VOCAB,), -torch.inf), "probability of 0"),
         (torch.zeros(VOCAB).index_fill(0, torch.tensor([3]), torch.nan), "NaN"),
         (torch.zeros(VOCAB).index_fill(0, torch.tensor([3]), torch.inf), "infinite"),
     ],

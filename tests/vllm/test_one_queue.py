@@ -10,7 +10,7 @@ from tests.e2e.asking import Heard, attempts, create, hear, long_story, transcri
 from tests.e2e.system import LOADING_S, System
 from tests.waiting import wait_until
 
-FLAGS = ("--threads", "1", "--lease", "1", "--kv-cache-memory", "0.25")
+FLAGS = ("--dtype", "float32", "--threads", "1", "--lease", "1", "--kv-cache-memory", "0.25")
 VLLM = ("--engine", "vllm", "--vllm-options", '{"enforce_eager": true}')
 TOKENS = 1000
 """Takes seconds, and the first of them are heard while the others are made."""

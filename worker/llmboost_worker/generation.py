@@ -49,7 +49,12 @@ class Generation:
     outbox: Outbox
     sequences: dict[str, Choice] = field(default_factory=dict)
     """By the id that the engine knows."""
+    first_sequence: str = ""
+    """The first of those that this attempt runs."""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """How many of these this attempt found computed. Its first choice counts: the others share a prompt with
+    it, and find that always."""
     announced: bool = False
     """Whether `prompt_tokens` has gone out with a delta of this attempt."""
     done: "asyncio.Future[StreamError | None]" = field(
@@ -128,14 +133,8 @@ class Generator:
             logger.info("%s gives way, to be continued later", job.id)
             raise
         except Exception as error:
-            logger.exception("%s failed", job.id)
-            await self._seal(
-                writer,
-                StreamError(
-                    f"The worker failed on this request: {type(error).__name__}.", code="worker_error"
-                ),
-                None,
-            )
+            logger.exception("request failed: request_id=%s", job.id)
+            await self._seal(writer, _worker_error(error), None)
         finally:
             self._forget(generation)
 
@@ -152,6 +151,7 @@ class Generator:
             generation.end()
         for request in requests:
             self._by_sequence[request.id] = generation
+            generation.first_sequence = generation.first_sequence or request.id
         self._admit(generation, requests)
         error = await generation.done
         if generation.gives_way:
@@ -164,7 +164,9 @@ class Generator:
         if generation.gives_way and generation.live_sequences:
             raise GaveWay
         usage = Usage(
-            generation.prompt_tokens, sum(choice.position for choice in generation.sequences.values())
+            generation.prompt_tokens,
+            sum(choice.position for choice in generation.sequences.values()),
+            generation.cached_tokens,
         )
         await self._seal(writer, error, usage)
 
@@ -285,9 +287,17 @@ class Generator:
             if choice.finish_reason is not None:
                 continue
             if output.finish_reason == "error":
-                generation.end(StreamError(output.error or "The engine failed.", code="engine_error"))
+                generation.end(_error_of(generation.job.id, output))
                 continue
-            deltas.setdefault(generation.job.id, []).append(self._advance(choice, output))
+            if output.id == generation.first_sequence:
+                generation.cached_tokens += output.cached_tokens
+            try:
+                delta = self._advance(choice, output)
+            except Exception as error:  # whoever comes after it in this step must not lose its tokens
+                logger.exception("request failed: request_id=%s sequence=%s", generation.job.id, output.id)
+                generation.end(_worker_error(error))
+                continue
+            deltas.setdefault(generation.job.id, []).append(delta)
             if choice.finish_reason is not None and output.finish_reason is None:
                 stopped.append(output.id)  # by a stop string, of which the engine knows nothing
         if stopped:
@@ -329,3 +339,21 @@ class Generator:
     def _logprob(self, token_id: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> TokenLogprob:
         token, raw = self._tokenizer.token_string(token_id)
         return TokenLogprob(token, logprob, raw, tuple(self._logprob(*likely) for likely in top))
+
+
+def _error_of(job_id: str, output: SequenceOutput) -> StreamError:
+    """What ends a request one of whose sequences the engine gave up, said to the log as well."""
+    message = output.error or "The engine failed."
+    if output.is_refused:
+        logger.info("request refused: request_id=%s %s", job_id, message)
+        return StreamError(message, "invalid_request_error", "invalid_request", status=400)
+    logger.error("request failed: request_id=%s %s", job_id, message)
+    return StreamError(message, code="engine_error")
+
+
+def _worker_error(error: Exception) -> StreamError:
+    return StreamError(
+        f"The worker failed on this request: {type(error).__name__}. If it does again, tell the operator: "
+        "the log has the cause under the request's id.",
+        code="worker_error",
+    )

@@ -24,12 +24,10 @@ _ELSEWHERE = {
     "--uvicorn-log-level": "use --log-level",
     "--max-queue-size": "use --max-queued",
     "--gpu-memory-utilization": "memory is measured; bound it with --kv-cache-memory, or --vllm-options",
-    "--enable-prefix-caching": "there is no prefix cache to switch",
     "--disable-log-requests": "prompts are never logged",
     "--disable-log-stats": "use --log-level",
     "--tokenizer": "the tokenizer is the model's own",
     "--load-format": "weights are read in the format they come in",
-    "--quantization": "a checkpoint is served in the precision it has; see --dtype",
     "--swap-space": "nothing is swapped",
     "--enforce-eager": "every model runs eagerly; to vLLM, say it with --vllm-options",
 }

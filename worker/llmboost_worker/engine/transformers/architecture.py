@@ -66,7 +66,7 @@ def check_calls(config: Any, calls: list[LayerCall]) -> list[LayerShape]:
     layers = [call.layer for call in calls]
     if layers != list(range(config.num_hidden_layers)):
         raise refusal(name, f"of its {config.num_hidden_layers} layers, these attend: {layers}")
-    for call, window in zip(calls, _windows(config), strict=True):
+    for call, window in zip(calls, windows(config), strict=True):
         if call.window != window:
             raise refusal(name, f"layer {call.layer} should have a window of {window}, not {call.window}")
     return [call.shape for call in calls]
@@ -90,8 +90,8 @@ def refusal(name: str, why: str) -> EngineError:
     return EngineError(f"the transformers engine can't serve {name!r} models: {why}. Try the vllm engine.")
 
 
-def _windows(config: Any) -> list[int | None]:
-    """Per layer, as transformers builds its masks."""
+def windows(config: Any) -> list[int | None]:
+    """Per layer, how many tokens one sees; as transformers builds its masks."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:

@@ -43,6 +43,8 @@ class Draw:
     logprobs: TokenLogprobs | None = None
     error: str | None = None
     """Instead of a token."""
+    is_refused: bool = False
+    """With an error: the request itself leaves nothing to draw."""
 
 
 class Sampler:
@@ -68,8 +70,8 @@ class Sampler:
                 draws[row] = Draw(ids[row], each)
         if NO_TOKEN in ids:
             draws = [
-                each if each.token != NO_TOKEN else Draw(error=_why(most))
-                for each, most in zip(draws, best.tolist(), strict=True)
+                each if each.token != NO_TOKEN else _undrawn(most, one)
+                for each, most, one in zip(draws, best.tolist(), sequences, strict=True)
             ]
         return draws
 
@@ -79,13 +81,17 @@ class Sampler:
         return self._parameters
 
 
-def _why(best: float) -> str:
+def _undrawn(best: float, sequence: Sequence) -> Draw:
     """What is wrong with a row, by its largest logit."""
-    if math.isnan(best):
-        return "the model's logits are not numbers (NaN); a wider dtype may help"
-    if best > 0:
-        return "the model's logits, or a logit_bias, are infinite"
-    return "no token is left to draw: logit_bias and min_tokens exclude all of them"
+    if math.isnan(best) or best > 0:
+        what = "not numbers (NaN)" if math.isnan(best) else "infinite"
+        return Draw(
+            error=f"The model's logits are {what}. If others' are too, an operator can try a wider --dtype."
+        )
+    if sequence.sampling.logit_bias or sequence.sampling.min_tokens:
+        why = "No token is left to draw: logit_bias and min_tokens exclude all of them. Relax them."
+        return Draw(error=why, is_refused=True)
+    return Draw(error="The model gives every token a probability of 0: its weights may be damaged.")
 
 
 def draw(logits: Tensor, parameters: Parameters) -> tuple[Tensor, Tensor]:

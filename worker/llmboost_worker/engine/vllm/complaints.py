@@ -21,6 +21,16 @@ EVERYONE = ""
 """In a sequence's stead: the process itself is in trouble."""
 
 
+class Complaint(msgspec.Struct, frozen=True, array_like=True):
+    """What a datagram holds."""
+
+    id: str
+    """Of the sequence, or `EVERYONE`."""
+    reason: str
+    is_refused: bool = False
+    """The sequence can't go on because of what was asked."""
+
+
 class Inbox:
     """The engine's end."""
 
@@ -31,22 +41,22 @@ class Inbox:
         self._socket.bind(path)
         self._socket.setblocking(False)
         os.environ[PATH] = path
-        self._of: dict[str, str] = {}
+        self._of: dict[str, Complaint | None] = {}
         """By the ids of live sequences."""
         self._trouble: str | None = None
 
     def expect(self, id: str) -> None:
         """From now on complaints of this sequence count."""
-        self._of[id] = ""
+        self._of[id] = None
 
     def forget(self, id: str) -> None:
         """They don't any more."""
         self._of.pop(id, None)
 
-    def complaint(self, id: str) -> str:
-        """What is wrong with a sequence; empty if nothing."""
+    def complaint(self, id: str) -> Complaint | None:
+        """What is wrong with a sequence."""
         self._take()
-        return self._of.get(id, "")
+        return self._of.get(id)
 
     @property
     def trouble(self) -> str | None:
@@ -57,11 +67,11 @@ class Inbox:
     def _take(self) -> None:
         with contextlib.suppress(OSError):  # nothing there, or closed
             while True:
-                id, reason = msgspec.msgpack.decode(self._socket.recv(65536), type=tuple[str, str])
-                if id == EVERYONE:
-                    self._trouble = self._trouble or reason
-                elif id in self._of:
-                    self._of[id] = reason
+                complaint = msgspec.msgpack.decode(self._socket.recv(65536), type=Complaint)
+                if complaint.id == EVERYONE:
+                    self._trouble = self._trouble or complaint.reason
+                elif complaint.id in self._of:
+                    self._of[complaint.id] = complaint
 
     def close(self) -> None:
         """Takes what has come, and nothing more."""
@@ -79,9 +89,10 @@ class Outbox(logging.Handler):
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)  # complaints are few; one that doesn't fit is not worth a wait
 
-    def send(self, id: str, reason: str) -> None:
+    def send(self, id: str, reason: str, is_refused: bool = False) -> None:
+        complaint = Complaint(id, reason[:4096], is_refused)
         with contextlib.suppress(OSError):  # its reader has gone, and this process will
-            self._socket.sendto(msgspec.msgpack.encode((id, reason[:4096])), self._path)
+            self._socket.sendto(msgspec.msgpack.encode(complaint), self._path)
 
     def emit(self, record: logging.LogRecord) -> None:
         if record.exc_info and (error := record.exc_info[1]):

@@ -1,7 +1,7 @@
 """What the vLLM engine is told, and how vLLM is told."""
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from llmboost.settings import LogLevel
 
@@ -26,13 +26,16 @@ class VllmConfig:
     revision: str | None = None
     trust_remote_code: bool = False
     dtype: str = "auto"
-    """auto: float32 on a CPU, as in the transformers engine; the checkpoint's own elsewhere."""
+    """auto: what the transformers engine would choose."""
+    quantization: Literal["none", "int8"] = "none"
+    """int8: weights alone, a scale for each channel. none: as the checkpoint says."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:<n>. vLLM is built for one kind of device: this can only agree."""
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     enable_chunked_prefill: bool = True
+    enable_prefix_caching: bool = True
     threads: int | None = None
     """On a CPU. None: a thread for each physical core that this process may use, bound to it."""
     kv_cache_memory: float | None = None
@@ -45,18 +48,18 @@ class VllmConfig:
     options: dict[str, Any] = field(default_factory=dict)
     """Further arguments of vLLM's `AsyncEngineArgs`; these win."""
 
-    def arguments(self, on_cpu: bool) -> dict[str, Any]:
+    def arguments(self) -> dict[str, Any]:
         """Of vLLM's `AsyncEngineArgs`."""
         arguments: dict[str, Any] = {
             "model": self.model,
             "revision": self.revision,
             "trust_remote_code": self.trust_remote_code,
-            "dtype": "float32" if on_cpu and self.dtype == "auto" else self.dtype,
+            "dtype": self.dtype,
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "enable_chunked_prefill": self.enable_chunked_prefill,
-            "enable_prefix_caching": True,
+            "enable_prefix_caching": self.enable_prefix_caching,
             "scheduling_policy": "priority",
             "tensor_parallel_size": self.tensor_parallel,
             "pipeline_parallel_size": self.pipeline_parallel,
@@ -69,4 +72,6 @@ class VllmConfig:
         }
         if self.kv_cache_memory is not None:
             arguments["kv_cache_memory_bytes"] = int(self.kv_cache_memory * GIB)
+        if self.quantization == "int8":
+            arguments["quantization"] = "int8_per_channel_weight_only"
         return arguments | self.options

@@ -84,7 +84,7 @@ class KeyedDrawing(LogitsProcessor):
         draws = self._sampler.sample(ours, sequences)
         for place, sequence, draw in zip(places, sequences, draws, strict=True):
             if draw.error is not None:
-                self._complaints.send(sequence.id, draw.error)
+                self._complaints.send(sequence.id, draw.error, draw.is_refused)
                 logits[place] = 0.0  # any token will do, but NaN would outdo it
         tokens = torch.tensor([max(0, draw.token) for draw in draws], device=logits.device)
         logits[index, tokens] = torch.inf

@@ -45,7 +45,7 @@ class VllmEngine(Engine):
         self._ended: BaseException | None = None
         """Why it takes on nothing any more."""
         self._num_running = 0
-        self._steps = self._prompt_tokens = self._output_tokens = 0
+        self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
 
         self._tasks: dict[str, asyncio.Task[None]] = {}
         """By sequence id."""
@@ -95,6 +95,7 @@ class VllmEngine(Engine):
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
+            cached_tokens=self._cached_tokens,
         )
 
     def close(self) -> None:
@@ -169,7 +170,8 @@ class VllmEngine(Engine):
                     if not has_begun:
                         has_begun = True
                         self._num_running += 1
-                        self._prompt_tokens += len(sequence) - output.cached_tokens
+                        self._prompt_tokens += sequence.num_prompt - output.cached_tokens
+                        self._cached_tokens += output.cached_tokens
                     self._give(output)
         except EngineError as error:
             self._fail(error)
