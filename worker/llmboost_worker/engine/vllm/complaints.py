@@ -95,5 +95,5 @@ class Outbox(logging.Handler):
             self._socket.sendto(msgspec.msgpack.encode(complaint), self._path)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if record.exc_info and (error := record.exc_info[1]):
-            self.send(EVERYONE, f"{type(error).__name__}: {error}")
+        error = record.exc_info[1] if record.exc_info else None
+        self.send(EVERYONE, f"{type(error).__name__}: {error}" if error else record.getMessage())
