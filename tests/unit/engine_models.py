@@ -23,7 +23,13 @@ from transformers import (
 )
 
 from llmboost.jobs import SamplingParams
-from llmboost_worker.engine.interface import EngineInfo, SequenceOutput, SequenceRequest, StepOutput
+from llmboost_worker.engine.interface import (
+    Engine,
+    EngineInfo,
+    SequenceOutput,
+    SequenceRequest,
+    StepOutput,
+)
 from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
 
 torch.set_num_threads(1)  # the models are too small to gain from more, and the machine may be busy
@@ -123,7 +129,7 @@ class Collected:
 class Driver:
     """An engine, and all of its output by sequence."""
 
-    def __init__(self, engine: TransformersEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.changed = threading.Condition()
         self.sequences: dict[str, Collected] = {}

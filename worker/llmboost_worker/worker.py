@@ -1,6 +1,7 @@
 """The worker process: loads a model, then claims and runs its jobs until it is told to go."""
 
 import asyncio
+import json
 import logging
 import os
 import secrets
@@ -253,16 +254,22 @@ class WorkerProcess:
 
 def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
     """The engine that the settings name, not yet started, and the model's tokenizer."""
+    model = locate(settings.model)
+    make = _vllm_engine if settings.engine == "vllm" else _transformers_engine
+    engine = make(settings, model)
+    return engine, Tokenizer.load(model, settings.revision, settings.trust_remote_code)
+
+
+def _transformers_engine(settings: WorkerSettings, model: str) -> Engine:
     from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
 
-    if settings.tp > 1:
-        raise EngineError(
-            f"--tp is {settings.tp}, but the {settings.engine} engine runs a model on one device: "
-            "use --tp 1, and --dp for more workers"
-        )
-    model = locate(settings.model)
-    tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
-    engine = TransformersEngine(
+    for name, value in (("--tp", settings.tp), ("--pp", settings.pp)):
+        if value > 1:
+            raise EngineError(
+                f"{name} is {value}, but the {settings.engine} engine runs a model on one device: "
+                f"use {name} 1, and --dp for more workers"
+            )
+    return TransformersEngine(
         EngineConfig(
             model=model,
             revision=settings.revision,
@@ -280,7 +287,33 @@ def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
             threads=settings.threads or None,
         )
     )
-    return engine, tokenizer
+
+
+def _vllm_engine(settings: WorkerSettings, model: str) -> Engine:
+    from llmboost_worker.engine.vllm.config import VllmConfig
+    from llmboost_worker.engine.vllm.engine import VllmEngine
+
+    return VllmEngine(
+        VllmConfig(
+            model=model,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            dtype=settings.dtype,
+            quantization=settings.quantization,
+            device=settings.device,
+            max_model_len=settings.max_model_len,
+            kv_cache_memory=settings.kv_cache_memory,
+            max_num_seqs=min(settings.max_num_seqs, settings.max_num_batched_tokens),
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            enable_chunked_prefill=settings.enable_chunked_prefill,
+            enable_prefix_caching=settings.enable_prefix_caching,
+            threads=settings.threads or None,
+            tensor_parallel=settings.tp,
+            pipeline_parallel=settings.pp,
+            log_level=settings.log_level,
+            options=json.loads(settings.vllm_options),
+        )
+    )
 
 
 async def _in_thread(call: Callable[[], T]) -> T:

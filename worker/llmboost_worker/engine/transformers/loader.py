@@ -62,7 +62,7 @@ def load(config: EngineConfig) -> LoadedModel:
     text_config = model_config.get_text_config()
     architecture.check_config(text_config)
     max_model_len = _max_model_len(config, text_config)
-    dtype = _dtype(config.dtype, model_config, device)
+    dtype = choose_dtype(config.dtype, model_config, device)
     model: Any
     report: dict[str, Any]
     try:
@@ -159,7 +159,8 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, model_config: Any, device: torch.device) -> torch.dtype | str:
+def choose_dtype(name: str, model_config: Any, device: torch.device) -> torch.dtype | str:
+    """What `--dtype` means for this model here; "auto" is the checkpoint's own."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype
