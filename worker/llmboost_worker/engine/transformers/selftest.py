@@ -1,5 +1,7 @@
 """Before a model is served: the same tokens through transformers' own forward and through the engine's."""
 
+import logging
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from llmboost_worker.engine.transformers.cache import SlotCache
 from llmboost_worker.engine.transformers.loader import REFERENCE, LoadedModel
 from llmboost_worker.engine.transformers.runner import ModelRunner
 from llmboost_worker.engine.transformers.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Of the distance between the logits, relative to their norm. Rounding makes 1e-6, 1e-3 and 1e-2; positions
@@ -25,8 +29,20 @@ decode rows of different lengths."""
 def run(loaded: LoadedModel, runner: ModelRunner, info: EngineInfo) -> None:
     """
     Raises:
-        EngineError: the logits differ, or aren't finite.
+        EngineError: the logits differ, or aren't finite, or can't be computed.
     """
+    try:
+        _run(loaded, runner, info)
+    except EngineError:
+        raise
+    except Exception as error:  # whatever a model's own code raises
+        logger.exception("the self-test failed")
+        raise refusal(
+            loaded.model.config.model_type, f"its self-test failed ({type(error).__name__}: {error})"
+        ) from error
+
+
+def _run(loaded: LoadedModel, runner: ModelRunner, info: EngineInfo) -> None:
     lengths = [sum(sizes) for sizes in zip(*STEPS, strict=True)]
     sequences = [_sequence(length, info) for length in lengths]
     expected = {sequence.id: _reference(loaded, sequence) for sequence in sequences}
@@ -67,7 +83,7 @@ def _compare(loaded: LoadedModel, logits: Tensor, expected: Tensor) -> None:
     distance = float((logits - expected).norm() / expected.norm().clamp_min(1e-9))
     if not distance <= TOLERANCE.get(loaded.dtype, 1e-1):
         raise refusal(
-            loaded.config.model_type,
+            loaded.model.config.model_type,
             f"{type(loaded.model).__name__} gives other logits here than in transformers "
             f"(relative distance {distance:.2g})",
         )
