@@ -234,12 +234,18 @@ class WorkerSettings(CommonSettings):
     )
     kv_cache_memory: PositiveFloat | None = Field(
         None,
-        description="GiB for keys and values; default: half of the free memory on a CPU, 0.9 of it on a GPU.",
+        description="GiB for keys and values; default: half of the free memory on a CPU, 0.9 of it on a GPU, "
+        "but no more than --max-num-seqs sequences of full length need.",
     )
     max_num_seqs: PositiveInt = Field(256, description="Sequences in one batch.")
     max_num_batched_tokens: PositiveInt = Field(2048, description="Tokens in one step, prefill included.")
     enable_chunked_prefill: bool = Field(
-        True, description="Split long prompts over several steps, so that running streams don't stall."
+        True, description="Split prompts over several steps, as small as running streams need not to stall."
+    )
+    enable_prefix_caching: bool = Field(
+        True,
+        description="Keep what was computed for requests that begin alike, such as the next turn of a "
+        "conversation, until its memory is needed.",
     )
     lease: Annotated[float, Field(ge=0.2)] = Field(
         3.0, description="Seconds after which a dead worker's jobs go to another."

@@ -15,6 +15,7 @@ from transformers import (
     GPT2Config,
     GPTBigCodeConfig,
     GPTNeoXConfig,
+    GptOssConfig,
     GraniteConfig,
     LlamaConfig,
     Mistral3Config,
@@ -146,6 +147,9 @@ FAMILIES: dict[str, PreTrainedConfig] = {
     "glm4-moe": Glm4MoeConfig(**COMMON, **EXPERTS, n_routed_experts=4, head_dim=16),
     "deepseek-v3": DeepseekV3Config(
         **LATENT, **EXPERTS, n_routed_experts=4, n_group=2, topk_group=1, first_k_dense_replace=1
+    ),
+    "gpt-oss": GptOssConfig(
+        **COMMON, head_dim=16, num_local_experts=4, num_experts_per_tok=2, sliding_window=8, layer_types=LOCAL
     ),
     "mistral3": Mistral3Config(  # the text of a model that also takes images
         text_config={**COMMON, "model_type": "mistral", "head_dim": 16},

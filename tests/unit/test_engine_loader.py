@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from transformers import (
     BloomConfig,
     FalconConfig,
-    GptOssConfig,
     LlamaConfig,
     LlamaForCausalLM,
     MambaConfig,
@@ -22,8 +21,10 @@ from transformers import (
 )
 
 from llmboost_worker.engine.interface import EngineError, EngineInfo
-from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, architecture, attention
+from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, architecture
+from llmboost_worker.engine.transformers.layout import StepLayout
 from llmboost_worker.engine.transformers.runner import ModelRunner
+from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 from tests.unit.engine_configs import COMMON, CONFIGS, EOS
 from tests.unit.engine_models import driving, prompt, request, save_model
 
@@ -200,10 +201,6 @@ REFUSED = {
     ),
     "alibi": (BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=4), "bloom.*ALiBi"),
     "alibi-by-option": (FalconConfig(**CAUSAL_LM, num_attention_heads=4, alibi=True), "falcon.*ALiBi"),
-    "sinks": (
-        GptOssConfig(**COMMON, head_dim=16, num_local_experts=2, num_experts_per_tok=1),
-        r"gpt_oss.*s_aux",
-    ),
 }
 
 
@@ -247,24 +244,34 @@ def test_what_a_models_own_code_raises_comes_with_its_name(
 def test_the_self_test_refuses_attention_that_is_a_little_off(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend = attention.attend
+    attend = TorchBackend.attend
 
-    def off(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        return attend(query * 1.02, *arguments, **options)
+    def off(self: TorchBackend, keys: Any, values: Any, query: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return attend(self, keys, values, query * 1.02, *rest)
 
-    monkeypatch.setattr(attention, "attend", off)
+    monkeypatch.setattr(TorchBackend, "attend", off)
     with pytest.raises(EngineError, match=r"'llama'.*LlamaForCausalLM gives other logits"):
         start(llama)
 
 
-def test_the_self_test_notices_a_slot_read_at_the_wrong_length(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("broken", ["ends", "tables", "slots"])
+def test_the_self_test_notices_blocks_that_are_not_a_sequences_own(
+    llama: Path, monkeypatch: pytest.MonkeyPatch, broken: str
 ) -> None:
-    monkeypatch.setattr(
-        attention.DecodeRun,
-        "_mask",
-        lambda self, window, query: (1, None),
-    )
+    """Read at another length, read in another order, written to another place."""
+    of = StepLayout.of
+
+    def wrong(*arguments: Any) -> StepLayout:
+        layout = of(*arguments)
+        if broken == "ends":
+            layout.ends = layout.ends - (layout.rows == 1)
+        elif broken == "tables":
+            layout.tables = layout.tables[:, ::-1]
+        else:
+            layout.slots = layout.slots.roll(1)
+        return layout
+
+    monkeypatch.setattr(StepLayout, "of", wrong)
     with pytest.raises(EngineError, match="gives other logits"):
         start(llama)
 

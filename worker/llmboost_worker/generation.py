@@ -49,7 +49,12 @@ class Generation:
     outbox: Outbox
     sequences: dict[str, Choice] = field(default_factory=dict)
     """By the id that the engine knows."""
+    first_sequence: str = ""
+    """The first of those that this attempt runs."""
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """How many of these this attempt found computed. Its first choice counts: the others share a prompt with
+    it, and find that always."""
     announced: bool = False
     """Whether `prompt_tokens` has gone out with a delta of this attempt."""
     done: "asyncio.Future[StreamError | None]" = field(
@@ -152,6 +157,7 @@ class Generator:
             generation.end()
         for request in requests:
             self._by_sequence[request.id] = generation
+            generation.first_sequence = generation.first_sequence or request.id
         self._admit(generation, requests)
         error = await generation.done
         if generation.gives_way:
@@ -164,7 +170,9 @@ class Generator:
         if generation.gives_way and generation.live_sequences:
             raise GaveWay
         usage = Usage(
-            generation.prompt_tokens, sum(choice.position for choice in generation.sequences.values())
+            generation.prompt_tokens,
+            sum(choice.position for choice in generation.sequences.values()),
+            generation.cached_tokens,
         )
         await self._seal(writer, error, usage)
 
@@ -287,6 +295,8 @@ class Generator:
             if output.finish_reason == "error":
                 generation.end(StreamError(output.error or "The engine failed.", code="engine_error"))
                 continue
+            if output.id == generation.first_sequence:
+                generation.cached_tokens += output.cached_tokens
             deltas.setdefault(generation.job.id, []).append(self._advance(choice, output))
             if choice.finish_reason is not None and output.finish_reason is None:
                 stopped.append(output.id)  # by a stop string, of which the engine knows nothing

@@ -236,6 +236,10 @@ class WorkerProcess:
             stats.waiting,
             stats.output_tokens,
             self._generator.evictions,
+            stats.prompt_tokens,
+            stats.cached_tokens,
+            stats.blocks_used,
+            stats.blocks_total,
         )
         await self.registry.announce(card, self.cards, self.settings.lease)
 
@@ -264,6 +268,7 @@ def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
             max_num_seqs=min(settings.max_num_seqs, settings.max_num_batched_tokens),
             max_num_batched_tokens=settings.max_num_batched_tokens,
             enable_chunked_prefill=settings.enable_chunked_prefill,
+            enable_prefix_caching=settings.enable_prefix_caching,
             threads=settings.threads or None,
         )
     )

@@ -24,7 +24,6 @@ _ELSEWHERE = {
     "--uvicorn-log-level": "use --log-level",
     "--max-queue-size": "use --max-queued",
     "--gpu-memory-utilization": "memory is measured; bound it with --max-num-seqs and --max-model-len",
-    "--enable-prefix-caching": "there is no prefix cache to switch",
     "--disable-log-requests": "prompts are never logged",
     "--disable-log-stats": "use --log-level",
     "--tokenizer": "the tokenizer is the model's own",

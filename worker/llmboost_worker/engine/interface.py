@@ -93,7 +93,13 @@ class EngineStats:
     waiting: int
     steps: int
     prompt_tokens: int
+    """Computed."""
     output_tokens: int
+    cached_tokens: int = 0
+    """Of prompts, found in the prefix cache instead."""
+    blocks_used: int = 0
+    """Of the key/value cache, in use by sequences. What is kept for others to find isn't counted."""
+    blocks_total: int = 0
 
 
 class EngineError(RuntimeError):

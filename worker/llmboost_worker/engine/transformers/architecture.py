@@ -5,6 +5,7 @@ import logging
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from llmboost_worker.engine.interface import EngineError
 from llmboost_worker.engine.transformers import probe
@@ -17,8 +18,8 @@ LAYER_KINDS = {"full_attention", "sliding_attention"}
 """Of transformers' names for layers: those whose whole state is keys and values per token, attended
 causally."""
 
-UNSUPPORTED = {"s_aux", "position_bias", "alibi"}
-"""Keywords (sinks, biases) that change what attention computes, and that the engine's doesn't know."""
+UNSUPPORTED = {"position_bias", "alibi"}
+"""Keywords that change what attention computes, and that the engine's doesn't know."""
 
 
 def check_config(name: str, config: Any) -> None:
@@ -30,6 +31,20 @@ def check_config(name: str, config: Any) -> None:
     attention = getattr(config, "attn_config", None)
     if getattr(config, "alibi", False) or getattr(attention, "alibi", False) or config.model_type == "bloom":
         raise refusal(name, "it has ALiBi position biases")
+
+
+def class_of(name: str, config: Any) -> Any:
+    """transformers' class to load that configuration with: a causal language model, or the model around one
+    that also takes images or sound, and serves for its text.
+
+    Raises:
+        EngineError: there is none.
+    """
+    remote = getattr(config, "auto_map", {})
+    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        if type(config) in auto._model_mapping or auto.__name__ in remote:
+            return auto
+    raise refusal(name, "transformers has no causal language model of that kind")
 
 
 def check_class(name: str, model: Any) -> None:

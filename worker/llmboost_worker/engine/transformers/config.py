@@ -25,14 +25,17 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Sequences in one step."""
     max_num_batched_tokens: int = 2048
-    """Tokens in one step. Bounds how long a long prompt can hold up everyone's next token."""
+    """Tokens in one step."""
     enable_chunked_prefill: bool = True
-    """False: a prompt is computed in one step, even one above `max_num_batched_tokens`."""
+    """Prompts are computed in parts as small as running sequences need, to get their next tokens in time.
+    False: each in one step, even one above `max_num_batched_tokens`."""
+    enable_prefix_caching: bool = True
+    """Keep computed blocks for others that begin alike."""
     threads: int | None = None
     """Of torch on a CPU. None: the physical cores that this process may use."""
     kv_cache_memory: float | None = None
     """GiB for keys and values. None: half of what is available once a CPU's weights are loaded, 0.9 on
-    CUDA."""
+    CUDA. Never more than `max_num_seqs` sequences of full length need."""
 
     def __post_init__(self) -> None:
         if not self.model:

@@ -8,8 +8,9 @@ from llmboost_worker.engine.interface import (
     StepOutput,
 )
 from llmboost_worker.engine.transformers import loader, selftest
-from llmboost_worker.engine.transformers.cache import SlotCache
+from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, BlockManager
 from llmboost_worker.engine.transformers.config import EngineConfig
+from llmboost_worker.engine.transformers.pace import Pace
 from llmboost_worker.engine.transformers.runner import ModelRunner
 from llmboost_worker.engine.transformers.sampler import Draw
 from llmboost_worker.engine.transformers.scheduler import Scheduler
@@ -34,23 +35,22 @@ class EngineCore:
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
         )
-        self._cache = SlotCache(
-            layers=loaded.layers,
-            max_len=loaded.max_model_len,
-            max_slots=config.max_num_seqs,
-            max_bytes=loader.cache_bytes(config, loaded),
-            dtype=loaded.dtype,
-            device=loaded.device,
-        )
-        self._runner = ModelRunner(loaded.model, loaded.device)
-        selftest.run(loaded, self._runner, self.info)
+        selftest.run(loaded, self.info)
+        self._cache = loader.make_cache(config, loaded, BLOCK_SIZE)
+        self._blocks = BlockManager(self._cache.num_blocks, BLOCK_SIZE, config.enable_prefix_caching)
+        self._runner = ModelRunner(loaded.model, self._cache, loaded.backend, loaded.device)
+        self._pace = Pace()
         self._scheduler = Scheduler(
-            self._cache, config.max_num_seqs, config.max_num_batched_tokens, config.enable_chunked_prefill
+            self._blocks,
+            self._pace,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.enable_chunked_prefill,
         )
         self._ended: StepOutput = []
         """Of sequences that end without having run."""
         self._arrivals = 0
-        self._steps = self._prompt_tokens = self._output_tokens = 0
+        self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
 
     @property
     def is_idle(self) -> bool:
@@ -65,6 +65,9 @@ class EngineCore:
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
+            cached_tokens=self._cached_tokens,
+            blocks_used=self._blocks.num_used,
+            blocks_total=self._blocks.num_blocks,
         )
 
     def add(self, requests: list[SequenceRequest]) -> None:
@@ -73,55 +76,67 @@ class EngineCore:
             self._arrivals += 1
             try:
                 sequence = Sequence(request, self.info, self._arrivals)
+                reason = sequence.finish_reason()
+                if reason is None:
+                    self._scheduler.add(sequence)
             except Exception as error:  # whatever is wrong with a request is its own affair
                 self._ended.append(_failure(request.id, str(error)))
                 continue
-            if reason := sequence.finish_reason():
+            if reason is not None:
                 self._ended.append(SequenceOutput(request.id, [], None, reason))
-            else:
-                self._scheduler.add(sequence)
 
     def cancel(self, ids: list[str]) -> None:
         for id in ids:
             self._scheduler.remove(id)
 
-    def trim(self) -> None:
-        """Gives back memory that no sequence uses."""
-        self._cache.trim()
-
     def step(self) -> StepOutput:
+        self._pace.begin()
         batch = self._scheduler.schedule()
         draws = self._runner.run(batch) if batch else {}
+        self._learn(batch)
         ended, self._ended = self._ended, []
         return ended + self._postprocess(batch, draws)
 
+    def _learn(self, batch: list[Sequence]) -> None:
+        """What the step took."""
+        chunks = [sequence for sequence in batch if not sequence.is_decoding]
+        tokens = sum(sequence.num_scheduled for sequence in chunks)
+        pairs = sum(one.num_scheduled * (one.num_cached + one.num_scheduled // 2) for one in chunks)
+        self._pace.end(len(batch) - len(chunks), tokens, pairs // max(1, tokens))
+
     def _postprocess(self, batch: list[Sequence], draws: dict[str, Draw]) -> StepOutput:
         """Takes what was drawn into the sequences and ends those that are done."""
-        outputs = [
-            _failure(sequence.id, f"no memory for the keys and values of {len(sequence)} tokens")
-            for sequence in self._scheduler.take_refused()
-        ]
+        outputs: StepOutput = []
         self._steps += bool(batch)
         for sequence in batch:
+            draw = draws.get(sequence.id)
+            if draw is not None and draw.error is not None:
+                outputs.append(_failure(sequence.id, draw.error))
+                self._cache.clear(self._blocks.unregistered(sequence.table))
+                self._scheduler.remove(sequence.id)
+                continue
             self._prompt_tokens += max(
                 0, min(sequence.num_scheduled, sequence.num_prompt - sequence.num_cached)
             )
             sequence.num_cached += sequence.num_scheduled
-            draw = draws.get(sequence.id)
+            self._blocks.register(sequence.table, sequence.tokens, sequence.num_cached)
             if draw is None:
                 continue  # in the middle of its prompt
-            if draw.error is not None:
-                outputs.append(_failure(sequence.id, draw.error))
-                self._scheduler.remove(sequence.id)
-                continue
-            sequence.append(draw.token)
-            self._output_tokens += 1
-            reason = sequence.finish_reason()
-            logprobs = None if draw.logprobs is None else [draw.logprobs]
-            outputs.append(SequenceOutput(sequence.id, [draw.token], logprobs, reason))
-            if reason:
+            outputs.append(self._advance(sequence, draw))
+            if outputs[-1].finish_reason:
                 self._scheduler.remove(sequence.id)
         return outputs
+
+    def _advance(self, sequence: Sequence, draw: Draw) -> SequenceOutput:
+        """Takes what was drawn into the sequence."""
+        found, sequence.num_found = sequence.num_found or 0, 0
+        sequence.append(draw.token)
+        self._output_tokens += 1
+        self._cached_tokens += found
+        logprobs = None if draw.logprobs is None else [draw.logprobs]
+        return SequenceOutput(
+            sequence.id, [draw.token], logprobs, sequence.finish_reason(), cached_tokens=found
+        )
 
 
 def _failure(id: str, error: str) -> SequenceOutput:

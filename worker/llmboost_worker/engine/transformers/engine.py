@@ -130,8 +130,6 @@ class TransformersEngine(Engine):
 
     def _receive(self, core: EngineCore) -> bool:
         """Takes what callers have left; waits for it when there is nothing to compute. False: time to end."""
-        if core.is_idle:
-            core.trim()
         with self._inbox:
             if core.is_idle:
                 self._inbox.wait_for(lambda: self._added or self._closing)

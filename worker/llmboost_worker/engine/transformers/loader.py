@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoConfig
 
 from llmboost.machine import available_cores, available_memory
 from llmboost_worker.engine.interface import EngineError
 from llmboost_worker.engine.transformers import architecture
 from llmboost_worker.engine.transformers.attention import NAME
-from llmboost_worker.engine.transformers.cache import LayerShape, bytes_per_token
+from llmboost_worker.engine.transformers.backend import AttentionBackend
+from llmboost_worker.engine.transformers.cache import KeyValueCache, LayerShape, bytes_per_token
 from llmboost_worker.engine.transformers.config import EngineConfig
+from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-MIN_MODEL_LEN = 16
+MIN_MODEL_LEN = 32
 WEIGHTS = ("*.safetensors", "*.bin")
 REFERENCE = "eager"
 """transformers' plainest attention: supports everything, and is what the self-test compares with."""
@@ -36,6 +38,7 @@ class LoadedModel:
     dtype: torch.dtype
     layers: list[LayerShape]
     """What each layer stores per token."""
+    backend: AttentionBackend
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
@@ -58,7 +61,7 @@ def load(config: EngineConfig) -> LoadedModel:
         raise _not_found(config, error) from error
     name, text_config = model_config.model_type, model_config.get_text_config(decoder=True)
     architecture.check_config(name, text_config)
-    model_class = _model_class(name, model_config)
+    model_class = architecture.class_of(name, model_config)
     max_model_len = _max_model_len(config, text_config)
     dtype = _dtype(config.dtype, device)
     model: Any
@@ -91,38 +94,53 @@ def load(config: EngineConfig) -> LoadedModel:
         device=device,
         dtype=model.dtype,
         layers=layers,
+        backend=TorchBackend(),
         max_model_len=max_model_len,
         vocab_size=vocab_size,
         eos_token_ids=_eos_token_ids(model, text_config, vocab_size),
     )
 
 
-def cache_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
-    """Memory for keys and values, now that the weights are in theirs.
+def make_cache(config: EngineConfig, loaded: LoadedModel, block_size: int) -> KeyValueCache:
+    """The memory for keys and values, now that the weights are in theirs: as much as is given, but no more
+    than all sequences at once can fill. One block of it is nobody's.
 
     Raises:
         EngineError: not even one sequence of full length fits.
     """
+    given, origin = _cache_bytes(config, loaded)
+    per_block = block_size * bytes_per_token(loaded.layers, loaded.dtype)
+    longest = -(-loaded.max_model_len // block_size)
+    num_blocks = min(given // per_block, config.max_num_seqs * longest + 1)
+    if num_blocks < longest + 1:
+        raise EngineError(
+            f"one sequence of max_model_len={loaded.max_model_len} tokens needs "
+            f"{(longest + 1) * per_block / GIB:.2f} GiB of keys and values, and {origin} "
+            f"{given / GIB:.2f} GiB: lower max_model_len (to {max(0, num_blocks - 1) * block_size} at most) "
+            "or raise kv_cache_memory"
+        )
+    try:
+        return KeyValueCache(loaded.layers, num_blocks, block_size, loaded.dtype, loaded.device)
+    except (RuntimeError, MemoryError) as error:  # torch has no common class for its allocators' refusals
+        raise EngineError(
+            f"no memory for {num_blocks * per_block / GIB:.2f} GiB of keys and values: lower kv_cache_memory "
+            f"({error})"
+        ) from error
+
+
+def _cache_bytes(config: EngineConfig, loaded: LoadedModel) -> tuple[int, str]:
+    """Memory for keys and values, and who says so."""
     available = _free_memory(loaded.device)
-    if config.kv_cache_memory is not None:
-        given, origin = int(config.kv_cache_memory * GIB), "kv_cache_memory gives"
-    else:
+    if config.kv_cache_memory is None:
         share = 0.9 if loaded.device.type == "cuda" else 0.5
-        given, origin = int(available * share), f"{share:.0%} of what is available are"
-    per_token = bytes_per_token(loaded.layers, loaded.dtype)
+        return int(available * share), f"{share:.0%} of what is available are"
+    given = int(config.kv_cache_memory * GIB)
     if given > available:
         raise EngineError(
             f"kv_cache_memory is {config.kv_cache_memory}, but {available / GIB:.2f} GiB are available on "
             f"{loaded.device}: lower kv_cache_memory"
         )
-    if loaded.max_model_len * per_token > given:
-        raise EngineError(
-            f"one sequence of max_model_len={loaded.max_model_len} tokens needs "
-            f"{loaded.max_model_len * per_token / GIB:.2f} GiB of keys and values, and {origin} "
-            f"{given / GIB:.2f} GiB: lower max_model_len (to {given // per_token} at most) or raise "
-            "kv_cache_memory"
-        )
-    return given
+    return given, "kv_cache_memory gives"
 
 
 def _free_memory(device: torch.device) -> int:
@@ -164,17 +182,6 @@ def _check_folder(model: str) -> None:
         )
     if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
         raise EngineError(f"the folder {model!r} has no weights (looked for {', '.join(WEIGHTS)})")
-
-
-def _model_class(name: str, model_config: Any) -> Any:
-    """The causal language model of that configuration, or the model around one that also takes images or
-    sound, and serves for its text."""
-    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
-        if type(model_config) in auto._model_mapping or auto.__name__ in getattr(
-            model_config, "auto_map", {}
-        ):
-            return auto
-    raise architecture.refusal(name, "transformers has no causal language model of that kind")
 
 
 def _not_found(config: EngineConfig, error: Exception) -> EngineError:

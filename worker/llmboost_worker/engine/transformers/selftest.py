@@ -9,9 +9,11 @@ from llmboost.jobs import SamplingParams
 from llmboost_worker.engine.interface import EngineError, EngineInfo, SequenceRequest
 from llmboost_worker.engine.transformers.architecture import refusal
 from llmboost_worker.engine.transformers.attention import NAME
-from llmboost_worker.engine.transformers.cache import SlotCache
+from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, BlockManager
+from llmboost_worker.engine.transformers.cache import KeyValueCache
+from llmboost_worker.engine.transformers.layout import StepLayout
 from llmboost_worker.engine.transformers.loader import REFERENCE, LoadedModel
-from llmboost_worker.engine.transformers.runner import ModelRunner
+from llmboost_worker.engine.transformers.runner import ModelRunner, in_order
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -21,18 +23,22 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 or masks gone wrong make 0.3 and more."""
 
 
-STEPS = ((5, 4, 7), (5, 1, 0), (1, 0, 1))
-"""Tokens per step of three sequences: chunks from empty; a chunk that continues, beside a decode row; two
-decode rows of different lengths."""
+STEPS = ((9, 4, 0), (12, 1, 0), (1, 1, 4))
+"""Tokens per step of three sequences: chunks from empty; a chunk that continues into another block, beside a
+decode row; decode rows of different lengths, beside the rest of a sequence whose first block is the first
+one's."""
+
+SHARED = BLOCK_SIZE
+"""Tokens with which the first and the last sequence begin."""
 
 
-def run(loaded: LoadedModel, runner: ModelRunner, info: EngineInfo) -> None:
+def run(loaded: LoadedModel, info: EngineInfo) -> None:
     """
     Raises:
         EngineError: the logits differ, or aren't finite, or can't be computed.
     """
     try:
-        _run(loaded, runner, info)
+        _run(loaded, info)
     except EngineError:
         raise
     except Exception as error:  # whatever a model's own code raises
@@ -42,27 +48,39 @@ def run(loaded: LoadedModel, runner: ModelRunner, info: EngineInfo) -> None:
         ) from error
 
 
-def _run(loaded: LoadedModel, runner: ModelRunner, info: EngineInfo) -> None:
-    lengths = [sum(sizes) for sizes in zip(*STEPS, strict=True)]
-    sequences = [_sequence(length, info) for length in lengths]
+def _run(loaded: LoadedModel, info: EngineInfo) -> None:
+    first, second, last = (sum(sizes) for sizes in zip(*STEPS, strict=True))
+    tokens = [_tokens(first, info), _tokens(second, info), _tokens(first, info)[:SHARED]]
+    tokens[2] += _tokens(last, info)
+    sequences = [_sequence(str(i), ids, info) for i, ids in enumerate(tokens)]
     expected = {sequence.id: _reference(loaded, sequence) for sequence in sequences}
-    cache = SlotCache(loaded.layers, max(lengths), len(sequences), 1 << 60, loaded.dtype, loaded.device)
-    for sequence in sequences:
-        sequence.slot = cache.allocate(len(sequence))
+    blocks = BlockManager(1 + sum(-(-len(ids) // BLOCK_SIZE) for ids in tokens))
+    cache = KeyValueCache(loaded.layers, blocks.num_blocks + 1, BLOCK_SIZE, loaded.dtype, loaded.device)
+    runner = ModelRunner(loaded.model, cache, loaded.backend, loaded.device)
     for sizes in STEPS:
-        for sequence, size in zip(sequences, sizes, strict=True):
+        batch = [sequence for sequence, size in zip(sequences, sizes, strict=True) if size]
+        for sequence, size in zip(batch, filter(None, sizes), strict=True):
+            if not sequence.table.blocks:
+                sequence.begin(blocks.allocate(sequence.table, sequence.tokens))
             sequence.num_scheduled = size
-        logits, sampled = runner.forward([sequence for sequence in sequences if sequence.num_scheduled])
+        ordered = in_order(batch)
+        logits, sampled = runner.forward(ordered, StepLayout.of(ordered, BLOCK_SIZE, loaded.device))
         for row, sequence in zip(logits, sampled, strict=True):
             _compare(loaded, row, expected[sequence.id])
-        for sequence in sequences:
+        for sequence in batch:
             sequence.num_cached += sequence.num_scheduled
+            blocks.register(sequence.table, sequence.tokens, sequence.num_cached)
+    if any(sequence.num_uncached for sequence in sequences):
+        raise AssertionError("the self-test computes something else than it means to")
 
 
-def _sequence(length: int, info: EngineInfo) -> Sequence:
-    # Tokens spread over the vocabulary: a fixed multiplicative walk, so that the test is the same each time.
-    ids = [(length * 2654435761 + i * 40503) % info.vocab_size for i in range(length)]
-    return Sequence(SequenceRequest(f"{length}", ids, SamplingParams(), max_tokens=0), info, arrival=0)
+def _tokens(length: int, info: EngineInfo) -> list[int]:
+    # Spread over the vocabulary: a fixed multiplicative walk, so that the test is the same each time.
+    return [(length * 2654435761 + i * 40503) % info.vocab_size for i in range(length)]
+
+
+def _sequence(id: str, ids: list[int], info: EngineInfo) -> Sequence:
+    return Sequence(SequenceRequest(id, ids, SamplingParams(), max_tokens=0), info, arrival=0)
 
 
 def _reference(loaded: LoadedModel, sequence: Sequence) -> Tensor:

@@ -1,15 +1,11 @@
 """One sequence on its way through the engine: its tokens, how far it is computed, when it ends."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
 from llmboost_worker.engine.interface import EngineInfo, FinishReason, SequenceRequest
 from llmboost_worker.engine.transformers import randomness
-
-if TYPE_CHECKING:
-    from llmboost_worker.engine.transformers.cache import Slot
+from llmboost_worker.engine.transformers.blocks import BlockTable
 
 
 class Sequence:
@@ -33,10 +29,12 @@ class Sequence:
         self.max_tokens = request.max_tokens
 
         self.num_cached = 0
-        """Tokens whose keys and values are in the slot."""
+        """Tokens whose keys and values are in its blocks."""
         self.num_scheduled = 0
         """Tokens that the step under way computes."""
-        self.slot: Slot | None = None
+        self.table = BlockTable()
+        self.num_found: int | None = None
+        """Tokens of the prompt that were in the prefix cache when it first began; 0 once that is reported."""
 
         self.random_state = randomness.stream(sampling.seed, request.choice)
         stops = {token for token in sampling.stop_token_ids if 0 <= token < info.vocab_size}
@@ -63,13 +61,29 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Only the token drawn last is missing from the slot."""
+        """Only the token drawn last is missing from its blocks."""
         return self.num_cached > 0 and self.num_uncached == 1
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and output, if nothing ends it before its limit."""
+        return max(len(self.tokens), self.num_prompt + self.max_tokens)
+
+    @property
+    def reuses_prefix(self) -> bool:
+        """Logprobs of the prompt come from computing it."""
+        return self.sampling.prompt_logprobs is None
 
     @property
     def is_sampled(self) -> bool:
         """The step under way reaches the last token, so the next one can be drawn."""
         return self.num_scheduled == self.num_uncached
+
+    def begin(self, num_found: int) -> None:
+        """It has blocks, of which the first hold `num_found` tokens already."""
+        self.num_cached = num_found
+        if self.num_found is None:
+            self.num_found = min(num_found, self.num_prompt)
 
     def append(self, token: int) -> None:
         """Takes a drawn token."""
