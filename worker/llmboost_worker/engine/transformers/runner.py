@@ -84,7 +84,10 @@ class ModelRunner:
                 if all_rows
                 else torch.tensor(last_rows, dtype=torch.int64, device=self._device),
             )
-        return output.logits[0], sampled
+        logits = output.logits[0]
+        if len(logits) != len(sampled):  # not every model knows `logits_to_keep`
+            logits = logits[last_rows]
+        return logits, sampled
 
     def _unsound(self, ordered: list[Sequence], layout: StepLayout) -> dict[str, Draw]:
         """Errors for chunks whose keys and values are not numbers, as of bad weights. Of decoding sequences

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from llmboost.jobs import SamplingParams
 from llmboost_worker.engine.interface import EngineError, EngineInfo, SequenceRequest
+from llmboost_worker.engine.transformers import layertest
 from llmboost_worker.engine.transformers.architecture import refusal
 from llmboost_worker.engine.transformers.attention import NAME
 from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, BlockManager
@@ -19,9 +20,8 @@ from llmboost_worker.engine.transformers.sequence import Sequence
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
-"""Of the distance between the logits, relative to their norm. Rounding makes 1e-6, 1e-3 and 1e-2; positions
-or masks gone wrong make 0.3 and more."""
-
+"""Of the distance between logits, or what layers attend to, relative to their norm. Rounding makes 1e-6, 1e-3
+and 1e-2 (with a softcap, 5e-2); positions or masks gone wrong make 0.3 and more."""
 
 STEPS = ((9, 4, 0), (12, 1, 0), (1, 1, 4))
 """Tokens per step of three sequences: chunks from empty; a chunk that continues into another block, beside a
@@ -49,6 +49,15 @@ def run(loaded: LoadedModel, info: EngineInfo) -> None:
 
 
 def _run(loaded: LoadedModel, info: EngineInfo) -> None:
+    _test_logits(loaded, info)
+    try:
+        for call, attended, expected in layertest.compare(loaded):
+            _compare(loaded, attended, expected, f"attention in layer {call.layer}")
+    finally:
+        loaded.model.set_attn_implementation(NAME)
+
+
+def _test_logits(loaded: LoadedModel, info: EngineInfo) -> None:
     first, second, last = (sum(sizes) for sizes in zip(*STEPS, strict=True))
     tokens = [_tokens(first, info), _tokens(second, info), _tokens(first, info)[:SHARED]]
     tokens[2] += _tokens(last, info)
@@ -66,7 +75,7 @@ def _run(loaded: LoadedModel, info: EngineInfo) -> None:
         ordered = in_order(batch)
         logits, sampled = runner.forward(ordered, StepLayout.of(ordered, BLOCK_SIZE, loaded.device))
         for row, sequence in zip(logits, sampled, strict=True):
-            _compare(loaded, row, expected[sequence.id])
+            _compare(loaded, row, expected[sequence.id], "logits")
         for sequence in batch:
             sequence.num_cached += sequence.num_scheduled
             blocks.register(sequence.table, sequence.tokens, sequence.num_cached)
@@ -94,14 +103,14 @@ def _reference(loaded: LoadedModel, sequence: Sequence) -> Tensor:
     return logits
 
 
-def _compare(loaded: LoadedModel, logits: Tensor, expected: Tensor) -> None:
+def _compare(loaded: LoadedModel, mine: Tensor, expected: Tensor, what: str) -> None:
     if not expected.isfinite().all():
-        raise EngineError(f"the model's logits are not finite in {loaded.dtype}: choose another dtype")
-    logits, expected = logits.double(), expected.double()
-    distance = float((logits - expected).norm() / expected.norm().clamp_min(1e-9))
+        raise EngineError(f"the model's {what} are not finite in {loaded.dtype}: choose another dtype")
+    mine, expected = mine.double(), expected.double()
+    distance = float((mine - expected).norm() / expected.norm().clamp_min(1e-9))
     if not distance <= TOLERANCE.get(loaded.dtype, 1e-1):
         raise refusal(
             loaded.model.config.model_type,
-            f"{type(loaded.model).__name__} gives other logits here than in transformers "
+            f"{type(loaded.model).__name__} gives other {what} here than in transformers "
             f"(relative distance {distance:.2g})",
         )
