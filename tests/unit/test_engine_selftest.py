@@ -32,7 +32,7 @@ WIDE: dict[str, PreTrainedConfig] = {
         layer_types=LOCAL,
     ),
 }
-"""Windows and softcaps (Gemma 2's own is 50) that the self-test's few tokens never come near by themselves."""
+"""Windows and softcaps (Gemma 2's own is 50) that the self-test's few tokens never come near."""
 
 
 @pytest.fixture(scope="module")
