@@ -6,29 +6,36 @@ factor of a hundred. A fixed number of tokens would stall running streams on a C
 """
 
 import time
-from collections import deque
 from collections.abc import Callable
 from statistics import median
 
 UNBOUNDED = 1 << 30
 
-MIN_CHUNK = 8
-"""Tokens that a prompt gets however dear they look: it must get on, and give new measurements."""
+MIN_CHUNK = 4
+"""Tokens that prompts get however dear they look: they must get on, and give new measurements."""
+
+FIRST_CHUNK = 16
+GROWTH = 2
+"""The first chunk beside a batch, at most, and how much larger each may be than the one before."""
 
 CROWD = 8
 """Prompts that wait count from here on: see `Pace.tokens`."""
 
 KEPT = 9
-"""Pure decode steps whose median counts, per size of the batch."""
+KEPT_STALE = 3
+"""Pure decode steps whose median counts, per size of the batch; the fewer if they are far between."""
 
 STALE = 32
 """Mixed steps in a row after which a pure one is measured again. It costs nothing but prompts' patience."""
 
-DECAY = 0.9
-"""Weight of what was known about prompt tokens, against one new step."""
+FASTER = 0.8
+"""Of a pure decode step's time: a mixed one that takes less proves that to be out of date."""
 
-SPREAD = 1e-2
-"""How different contexts must have been to tell what a token costs by itself from what its context adds."""
+DECAY = 0.8
+"""Weight of what was known of prompt tokens, against one new step."""
+
+SURPRISE = 3
+"""Times the expected that a measurement counts at most: the machine has other things to do now and then."""
 
 
 class Pace:
@@ -37,10 +44,8 @@ class Pace:
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._began = 0.0
-        self._decode: dict[int, deque[float]] = {}
-        """Seconds of pure decode steps, by the batch's size in powers of two."""
-        self._mixed: dict[int, int] = {}
-        """Mixed steps since the last of these."""
+        self._batches: dict[int, _Batch] = {}
+        """By decoding rows, in powers of two."""
         self._prefill = _PrefillCost()
 
     def begin(self) -> None:
@@ -51,17 +56,13 @@ class Pace:
         """It had so many decoding rows, and so many tokens of prompts, which see `context` tokens each on
         average."""
         seconds = self._clock() - self._began
-        size = decoding.bit_length()
+        batch = self._batches.setdefault(decoding.bit_length(), _Batch())
         if not tokens:
-            if decoding:
-                self._decode.setdefault(size, deque(maxlen=KEPT)).append(seconds)
-                self._mixed[size] = 0
+            batch.took(seconds)
             return
-        self._mixed[size] = self._mixed.get(size, 0) + 1
-        if decoding and size not in self._decode:
-            return
-        own = seconds - (median(self._decode[size]) if decoding else 0.0)
-        self._prefill.learn(tokens, context, max(0.0, own))
+        own = batch.took_more(seconds, tokens) if decoding else seconds
+        if own is not None:
+            self._prefill.learn(tokens, context, own)
 
     def tokens(self, decoding: int, prompts: int, context: int) -> int:
         """Prompt tokens for the next step, so that it takes about twice as long as a pure decode step.
@@ -77,48 +78,75 @@ class Pace:
         """
         if not decoding:
             return UNBOUNDED
-        size = decoding.bit_length()
-        if size not in self._decode or self._mixed[size] >= STALE:
+        batch = self._batches.setdefault(decoding.bit_length(), _Batch())
+        if batch.seconds is None or batch.num_mixed >= STALE:
             return 0
-        seconds = median(self._decode[size]) * max(1.0, prompts / max(decoding, CROWD))
-        return max(MIN_CHUNK, self._prefill.affordable(seconds, context))
+        seconds = batch.seconds * max(1.0, prompts / max(decoding, CROWD))
+        return batch.allow(max(MIN_CHUNK, self._prefill.affordable(seconds, context)))
+
+
+class _Batch:
+    """What is known of steps with about so many decoding rows."""
+
+    def __init__(self) -> None:
+        self.seconds: float | None = None
+        """Of a pure decode step."""
+        self.num_mixed = 0
+        """Mixed steps since the last one."""
+        self._latest: list[float] = []
+        self._tried = FIRST_CHUNK // GROWTH
+        self._allowed = 0
+
+    def took(self, seconds: float) -> None:
+        """A pure decode step."""
+        kept = KEPT_STALE if self.num_mixed >= STALE else KEPT
+        self._latest = [*self._latest, seconds][-kept:]
+        self.seconds = median(self._latest)
+        self.num_mixed = 0
+
+    def took_more(self, seconds: float, tokens: int) -> float | None:
+        """A step with prompt tokens; returns what these took, as far as one can tell."""
+        self._tried = max(tokens, min(self._tried, self._allowed))
+        self.num_mixed += 1
+        if self.seconds is None:
+            return None
+        if seconds < FASTER * self.seconds:
+            # The machine has more time than it had: what was measured doesn't hold.
+            self._latest = []
+            self.num_mixed = STALE
+            return None
+        return max(0.0, seconds - self.seconds)
+
+    def allow(self, tokens: int) -> int:
+        """As many, but not far beyond what has been tried: an estimate may be wrong by any factor, where
+        the machine is shared."""
+        self._allowed = min(tokens, GROWTH * self._tried)
+        return self._allowed
 
 
 class _PrefillCost:
-    """Seconds = tokens * (own + context * each), fitted to the latest steps by least squares."""
+    """Seconds per prompt token, by how many it sees, in powers of two: attention costs more the longer the
+    context is, and how much more is a matter of machine and model."""
 
     def __init__(self) -> None:
-        self._tt = self._tc = self._cc = self._ts = self._cs = 0.0
-        """Decayed sums of products of tokens, tokens * context, and seconds."""
+        self._spent: dict[int, tuple[float, float]] = {}
+        """Decayed sums of seconds and tokens, by the context's bit length."""
 
     def learn(self, tokens: int, context: int, seconds: float) -> None:
-        pairs = tokens * context
-        for name, product in (
-            ("_tt", tokens * tokens),
-            ("_tc", tokens * pairs),
-            ("_cc", pairs * pairs),
-            ("_ts", tokens * seconds),
-            ("_cs", pairs * seconds),
-        ):
-            setattr(self, name, DECAY * getattr(self, name) + product)
+        size = context.bit_length()
+        spent, before = self._spent.get(size, (0.0, 0.0))
+        if spent:
+            seconds = min(seconds, SURPRISE * spent / before * tokens)
+        self._spent[size] = DECAY * spent + seconds, DECAY * before + tokens
 
     def affordable(self, seconds: float, context: int) -> int:
         """Tokens after `context` others; 0 if nothing is known."""
-        if not self._tt:
+        if not self._spent:
             return 0
-        own, each = self._fit()
-        first = own + context * each
-        if first <= 0:
-            return UNBOUNDED
-        # Half of a chunk's own tokens are context too, on average.
-        tokens = seconds / first
-        return int(min(UNBOUNDED, seconds / (first + each * tokens / 2)))
-
-    def _fit(self) -> tuple[float, float]:
-        determinant = self._tt * self._cc - self._tc * self._tc
-        if determinant > SPREAD * self._tt * self._cc:
-            each = (self._tt * self._cs - self._tc * self._ts) / determinant
-            own = (self._cc * self._ts - self._tc * self._cs) / determinant
-            if each > 0 and own > 0:
-                return own, each
-        return self._ts / self._tt, 0.0
+        size = context.bit_length()
+        # What was never measured costs no more than the next longer context, or than twice the next shorter
+        # one for each doubling between them. Once tried, it is known.
+        known = min((other for other in self._spent if other >= size), default=max(self._spent))
+        spent, tokens = self._spent[known]
+        each = spent / tokens * 2 ** max(0, size - known)
+        return int(min(UNBOUNDED, seconds / each)) if each else UNBOUNDED
