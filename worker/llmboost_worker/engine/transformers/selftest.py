@@ -23,6 +23,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 """Of the distance between logits, or what layers attend to, relative to their norm. Rounding makes 1e-6, 1e-3
 and 1e-2 (with a softcap, 5e-2); positions or masks gone wrong make 0.3 and more."""
 
+MOST_NOISE = 0.25
+"""The tolerance at most, for a model on which rounding tells more than that."""
+
 STEPS = ((9, 4, 0), (12, 1, 0), (1, 1, 4))
 """Tokens per step of three sequences: chunks from empty; a chunk that continues into another block, beside a
 decode row; decode rows of different lengths, beside the rest of a sequence whose first block is the first
@@ -63,6 +66,9 @@ def _test_logits(loaded: LoadedModel, info: EngineInfo) -> None:
     tokens[2] += _tokens(last, info)
     sequences = [_sequence(str(i), ids, info) for i, ids in enumerate(tokens)]
     expected = {sequence.id: _reference(loaded, sequence) for sequence in sequences}
+    noise = dict.fromkeys(expected, 0.0)
+    if loaded.dtype != torch.float32:
+        noise = {sequence.id: _noise(loaded, sequence, expected[sequence.id]) for sequence in sequences}
     blocks = BlockManager(1 + sum(-(-len(ids) // BLOCK_SIZE) for ids in tokens))
     cache = KeyValueCache(loaded.layers, blocks.num_blocks + 1, BLOCK_SIZE, loaded.dtype, loaded.device)
     runner = ModelRunner(loaded.model, cache, loaded.backend, loaded.device)
@@ -75,7 +81,7 @@ def _test_logits(loaded: LoadedModel, info: EngineInfo) -> None:
         ordered = in_order(batch)
         logits, sampled = runner.forward(ordered, StepLayout.of(ordered, BLOCK_SIZE, loaded.device))
         for row, sequence in zip(logits, sampled, strict=True):
-            _compare(loaded, row, expected[sequence.id], "logits")
+            _compare(loaded, row, expected[sequence.id], "logits", noise[sequence.id])
         for sequence in batch:
             sequence.num_cached += sequence.num_scheduled
             blocks.register(sequence.table, sequence.tokens, sequence.num_cached)
@@ -92,9 +98,9 @@ def _sequence(id: str, ids: list[int], info: EngineInfo) -> Sequence:
     return Sequence(SequenceRequest(id, ids, SamplingParams(), max_tokens=0), info, arrival=0)
 
 
-def _reference(loaded: LoadedModel, sequence: Sequence) -> Tensor:
+def _reference(loaded: LoadedModel, sequence: Sequence, attention: str = REFERENCE) -> Tensor:
     """[vocabulary], after the last token"""
-    loaded.model.set_attn_implementation(REFERENCE)
+    loaded.model.set_attn_implementation(attention)
     try:
         ids = torch.tensor([sequence.tokens], device=loaded.device)
         logits: Tensor = loaded.model(input_ids=ids, use_cache=False).logits[0, -1]
@@ -103,14 +109,27 @@ def _reference(loaded: LoadedModel, sequence: Sequence) -> Tensor:
     return logits
 
 
-def _compare(loaded: LoadedModel, mine: Tensor, expected: Tensor, what: str) -> None:
+def _noise(loaded: LoadedModel, sequence: Sequence, expected: Tensor) -> float:
+    """How far transformers' own two attentions differ. In half precision it may be much: an expert more or
+    less, of two that are nearly as likely, is another model."""
+    try:
+        return _distance(_reference(loaded, sequence, "sdpa"), expected)
+    except ValueError:  # not every model has both
+        return 0.0
+
+
+def _compare(loaded: LoadedModel, mine: Tensor, expected: Tensor, what: str, noise: float = 0.0) -> None:
     if not expected.isfinite().all():
         raise EngineError(f"the model's {what} are not finite in {loaded.dtype}: choose another dtype")
-    mine, expected = mine.double(), expected.double()
-    distance = float((mine - expected).norm() / expected.norm().clamp_min(1e-9))
-    if not distance <= TOLERANCE.get(loaded.dtype, 1e-1):
+    distance = _distance(mine, expected)
+    if not distance <= max(TOLERANCE.get(loaded.dtype, 1e-1), min(3 * noise, MOST_NOISE)):
         raise refusal(
             loaded.model.config.model_type,
             f"{type(loaded.model).__name__} gives other {what} here than in transformers "
             f"(relative distance {distance:.2g})",
         )
+
+
+def _distance(mine: Tensor, expected: Tensor) -> float:
+    mine, expected = mine.double(), expected.double()
+    return float((mine - expected).norm() / expected.norm().clamp_min(1e-9))
