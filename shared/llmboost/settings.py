@@ -222,7 +222,11 @@ class WorkerSettings(CommonSettings):
     trust_remote_code: bool = Field(False, description="Run code that comes with a model from the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Precision of weights and cache; auto: float32 on a CPU, the checkpoint's own on a GPU.",
+        description="Precision of weights and cache; auto: the checkpoint's own on a GPU; on a CPU float32, "
+        "or bfloat16 for a checkpoint in it if the processor multiplies that (AMX, AVX512_BF16).",
+    )
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8: keep weights in 8 bits; what is computed with them stays in --dtype."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     threads: NonNegativeInt = Field(

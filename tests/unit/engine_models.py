@@ -71,6 +71,7 @@ class Collected:
     logprobs: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    is_refused: bool = False
 
 
 class Driver:
@@ -96,6 +97,7 @@ class Driver:
         sequence.logprobs += output.logprobs or []
         sequence.finish_reason = output.finish_reason
         sequence.error = output.error
+        sequence.is_refused = output.is_refused
 
     def _on_failure(self, error: BaseException) -> None:
         with self.changed:

@@ -11,7 +11,14 @@ from transformers import Gemma2Config, GptOssConfig, GraniteConfig, MistralConfi
 from transformers.models.llama import modeling_llama
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, attention, runner, selftest
+from llmboost_worker.engine.transformers import (
+    EngineConfig,
+    TransformersEngine,
+    attention,
+    fused,
+    runner,
+    selftest,
+)
 from llmboost_worker.engine.transformers.backend import Formula
 from llmboost_worker.engine.transformers.layout import StepLayout
 from tests.unit.engine_configs import COMMON, CONFIGS, LOCAL
@@ -77,7 +84,8 @@ def test_a_sound_model_passes(folders: dict[str, Path], name: str, dtype: str) -
 def test_a_formula_that_is_not_the_layers_is_refused(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, wrong: dict[str, Any], dtype: str
 ) -> None:
-    monkeypatch.setattr(attention, "Formula", lambda *given: replace(Formula(*given), **wrong))
+    for module in (attention, fused):
+        monkeypatch.setattr(module, "Formula", lambda *given: replace(Formula(*given), **wrong))
     with pytest.raises(EngineError, match=r"gives other"):
         start(folders[name], dtype)
 
@@ -94,7 +102,8 @@ def a_little_warm(given: Formula) -> Formula:
 def test_a_formula_that_is_a_little_off_is_refused(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[[Formula], Formula]
 ) -> None:
-    monkeypatch.setattr(attention, "Formula", lambda *given: wrong(Formula(*given)))
+    for module in (attention, fused):
+        monkeypatch.setattr(module, "Formula", lambda *given: wrong(Formula(*given)))
     with pytest.raises(EngineError, match=f"'{name}'.*gives other"):
         start(folders[name])
 
@@ -131,7 +140,7 @@ def test_positions_that_are_off_are_refused(
         return forward(self, ordered, layout)
 
     monkeypatch.setattr(selftest.ModelRunner, "forward", off)
-    with pytest.raises(EngineError, match=f"'{name}'.*gives other logits"):
+    with pytest.raises(EngineError, match=f"'{name}'.*gives other"):
         start(folders[name])
 
 
@@ -146,14 +155,16 @@ def test_blocks_that_are_not_a_sequences_own_are_noticed(
         layout = of(*arguments)
         if broken == "ends":
             layout.ends = layout.ends - (layout.rows == 1)
+            layout.positions[: layout.num_single] -= 1
         elif broken == "tables":
             layout.tables = layout.tables[:, ::-1]
+            layout.block_tables = layout.block_tables.flip(1).contiguous()
         else:
             layout.slots = layout.slots.roll(1)
         return layout
 
     monkeypatch.setattr(StepLayout, "of", wrong)
-    with pytest.raises(EngineError, match="gives other logits"):
+    with pytest.raises(EngineError, match="gives other"):
         start(folders["llama"])
 
 

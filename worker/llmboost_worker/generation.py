@@ -133,14 +133,8 @@ class Generator:
             logger.info("%s gives way, to be continued later", job.id)
             raise
         except Exception as error:
-            logger.exception("%s failed", job.id)
-            await self._seal(
-                writer,
-                StreamError(
-                    f"The worker failed on this request: {type(error).__name__}.", code="worker_error"
-                ),
-                None,
-            )
+            logger.exception("request failed: request_id=%s", job.id)
+            await self._seal(writer, _worker_error(error), None)
         finally:
             self._forget(generation)
 
@@ -293,11 +287,17 @@ class Generator:
             if choice.finish_reason is not None:
                 continue
             if output.finish_reason == "error":
-                generation.end(StreamError(output.error or "The engine failed.", code="engine_error"))
+                generation.end(_error_of(generation.job.id, output))
                 continue
             if output.id == generation.first_sequence:
                 generation.cached_tokens += output.cached_tokens
-            deltas.setdefault(generation.job.id, []).append(self._advance(choice, output))
+            try:
+                delta = self._advance(choice, output)
+            except Exception as error:  # whoever comes after it in this step must not lose its tokens
+                logger.exception("request failed: request_id=%s sequence=%s", generation.job.id, output.id)
+                generation.end(_worker_error(error))
+                continue
+            deltas.setdefault(generation.job.id, []).append(delta)
             if choice.finish_reason is not None and output.finish_reason is None:
                 stopped.append(output.id)  # by a stop string, of which the engine knows nothing
         if stopped:
@@ -339,3 +339,21 @@ class Generator:
     def _logprob(self, token_id: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> TokenLogprob:
         token, raw = self._tokenizer.token_string(token_id)
         return TokenLogprob(token, logprob, raw, tuple(self._logprob(*likely) for likely in top))
+
+
+def _error_of(job_id: str, output: SequenceOutput) -> StreamError:
+    """What ends a request one of whose sequences the engine gave up, said to the log as well."""
+    message = output.error or "The engine failed."
+    if output.is_refused:
+        logger.info("request refused: request_id=%s %s", job_id, message)
+        return StreamError(message, "invalid_request_error", "invalid_request", status=400)
+    logger.error("request failed: request_id=%s %s", job_id, message)
+    return StreamError(message, code="engine_error")
+
+
+def _worker_error(error: Exception) -> StreamError:
+    return StreamError(
+        f"The worker failed on this request: {type(error).__name__}. If it does again, tell the operator: "
+        "the log has the cause under the request's id.",
+        code="worker_error",
+    )

@@ -28,7 +28,6 @@ _ELSEWHERE = {
     "--disable-log-stats": "use --log-level",
     "--tokenizer": "the tokenizer is the model's own",
     "--load-format": "weights are read in the format they come in",
-    "--quantization": "a checkpoint is served in the precision it has; see --dtype",
     "--swap-space": "nothing is swapped",
     "--enforce-eager": "every model runs eagerly",
 }

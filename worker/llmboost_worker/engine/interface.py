@@ -114,7 +114,8 @@ class Engine(ABC):
         self, on_step: Callable[[StepOutput], None], on_failure: Callable[[BaseException], None]
     ) -> EngineInfo:
         """Loads the model in the engine's own thread and returns when it can generate (blocks: minutes for
-        a large model). `on_step` is called from that thread after each step; it must not block.
+        a large model). `on_step` is called from that thread after each step; it must not block,
+        nor raise: what it didn't take is lost, so the engine ends.
         `on_failure` is called once if the engine ends by itself.
 
         Raises:

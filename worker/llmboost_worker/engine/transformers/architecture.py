@@ -79,7 +79,7 @@ def check_calls(name: str, config: Any, calls: list[LayerCall], max_model_len: i
     layers = [call.layer for call in calls]
     if layers != list(range(config.num_hidden_layers)):
         raise refusal(name, f"of its {config.num_hidden_layers} layers, these attend: {layers}")
-    for call, configured in zip(calls, _windows(config), strict=True):
+    for call, configured in zip(calls, windows(config), strict=True):
         kind = type(call.module).__name__
         for keyword in UNSUPPORTED & call.keywords.keys():
             raise refusal(name, f"attention with {keyword!r} in {kind}")
@@ -138,8 +138,8 @@ def _within(window: int | None, length: int) -> int | None:
     return window if window is not None and window < length else None
 
 
-def _windows(config: Any) -> list[int | None]:
-    """Per layer, for models that don't have their masks made by transformers."""
+def windows(config: Any) -> list[int | None]:
+    """Per layer, how many tokens one sees by the configuration, which is how transformers' cache has it."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:

@@ -61,6 +61,22 @@ def attending(step: Step) -> Iterator[None]:
         _current.step = None
 
 
+def asked(
+    key_dim: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Formula:
+    """The formula that a layer asks for by the keywords that it gives its attention function.
+
+    Args:
+        s_aux: [heads], sinks
+    """
+    return Formula(key_dim**-0.5 if scaling is None else scaling, softcap, sliding_window, s_aux)
+
+
 def block_attention(
     module: nn.Module,
     query: Tensor,
@@ -69,10 +85,7 @@ def block_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface.
 
@@ -80,7 +93,7 @@ def block_attention(
         query: [1, heads, T, key_dim]
         key: [1, key_heads, T, key_dim]
         value: [1, key_heads, T, value_dim]
-        s_aux: [heads], sinks
+        keywords: of `asked`
 
     Returns:
         [1, T, heads, value_dim], and no weights.
@@ -88,8 +101,7 @@ def block_attention(
     layer: int = module.layer_idx  # type: ignore[assignment]
     if attention_mask is not None:
         raise NotImplementedError(f"{type(module).__name__} builds an attention mask of its own")
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    formula = Formula(scale, softcap, sliding_window, s_aux)
+    formula = asked(query.shape[-1], scaling, **keywords)
     step = _current.step
     if step is None:
         raise RuntimeError("block attention outside of a step")

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Quantization = Literal["none", "int8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -16,8 +17,10 @@ class EngineConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
     dtype: DType = "auto"
-    """auto: float32 on a CPU (half precision gains nothing there without AMX), the checkpoint's own on
-    CUDA."""
+    """auto: the checkpoint's own on CUDA; on a CPU float32, or bfloat16 for a checkpoint in bfloat16 if the
+    processor multiplies it (AMX, AVX512_BF16): without that it gains nothing there."""
+    quantization: Quantization = "none"
+    """int8: weights in int8, activations in `dtype`."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:<n>. auto: CUDA if there is one."""
     max_model_len: int | None = None
@@ -42,6 +45,8 @@ class EngineConfig:
             raise ValueError("model is empty: give a folder or a name on the hub")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {self.dtype!r}, but must be auto, float32, bfloat16 or float16")
+        if self.quantization not in ("none", "int8"):
+            raise ValueError(f"quantization is {self.quantization!r}, but must be none or int8")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
             raise ValueError(f"device is {self.device!r}, but must be auto, cpu, cuda or cuda:<n>")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "threads", "kv_cache_memory"):

@@ -1,5 +1,7 @@
 """The compute half of the engine: a model, its cache and the loop's three verbs. No threads, no callers."""
 
+import logging
+
 from llmboost_worker.engine.interface import (
     EngineInfo,
     EngineStats,
@@ -7,14 +9,17 @@ from llmboost_worker.engine.interface import (
     SequenceRequest,
     StepOutput,
 )
-from llmboost_worker.engine.transformers import loader, selftest
+from llmboost_worker.engine.transformers import failures, loader, packing, selftest
 from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, BlockManager
 from llmboost_worker.engine.transformers.config import EngineConfig
+from llmboost_worker.engine.transformers.loader import LoadedModel
 from llmboost_worker.engine.transformers.pace import Pace
 from llmboost_worker.engine.transformers.runner import ModelRunner
 from llmboost_worker.engine.transformers.sampler import Draw
 from llmboost_worker.engine.transformers.scheduler import Scheduler
 from llmboost_worker.engine.transformers.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -25,7 +30,7 @@ class EngineCore:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        loaded = loader.load(config)
+        loaded = _served(config)
         self.info = EngineInfo(
             max_model_len=loaded.max_model_len,
             vocab_size=loaded.vocab_size,
@@ -35,10 +40,9 @@ class EngineCore:
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
         )
-        selftest.run(loaded, self.info)
         self._cache = loader.make_cache(config, loaded, BLOCK_SIZE)
         self._blocks = BlockManager(self._cache.num_blocks, BLOCK_SIZE, config.enable_prefix_caching)
-        self._runner = ModelRunner(loaded.model, self._cache, loaded.backend, loaded.device)
+        self._runner = ModelRunner(loaded.forward, self._cache, loaded.device)
         self._pace = Pace()
         self._scheduler = Scheduler(
             self._blocks,
@@ -47,6 +51,8 @@ class EngineCore:
             config.max_num_batched_tokens,
             config.enable_chunked_prefill,
         )
+        self._sequences: dict[str, Sequence] = {}
+        """Those that the scheduler has."""
         self._ended: StepOutput = []
         """Of sequences that end without having run."""
         self._arrivals = 0
@@ -79,22 +85,39 @@ class EngineCore:
                 reason = sequence.finish_reason()
                 if reason is None:
                     self._scheduler.add(sequence)
+                    self._sequences[sequence.id] = sequence
+            except MemoryError as error:
+                self._ended.append(_failure(request.id, failures.explain(error)))
+                continue
             except Exception as error:  # whatever is wrong with a request is its own affair
-                self._ended.append(_failure(request.id, str(error)))
+                self._ended.append(_failure(request.id, str(error), is_refused=True))
                 continue
             if reason is not None:
                 self._ended.append(SequenceOutput(request.id, [], None, reason))
 
     def cancel(self, ids: list[str]) -> None:
         for id in ids:
-            self._scheduler.remove(id)
+            self._remove(id)
+
+    def _remove(self, id: str) -> None:
+        self._sequences.pop(id, None)
+        self._scheduler.remove(id)
 
     def step(self) -> StepOutput:
+        """
+        Raises:
+            torch.AcceleratorError: the device is lost; nothing can be computed any more.
+        """
+        ended, self._ended = self._ended, []
         self._pace.begin()
-        batch = self._scheduler.schedule()
+        try:
+            batch = self._scheduler.schedule()
+        except Exception as error:
+            if failures.is_device_lost(error):
+                raise
+            return ended + self._fail_all(error)
         draws = self._runner.run(batch) if batch else {}
         self._learn(batch)
-        ended, self._ended = self._ended, []
         return ended + self._postprocess(batch, draws)
 
     def _learn(self, batch: list[Sequence]) -> None:
@@ -104,6 +127,15 @@ class EngineCore:
         pairs = sum(one.num_scheduled * (one.num_cached + one.num_scheduled // 2) for one in chunks)
         self._pace.end(len(batch) - len(chunks), tokens, pairs // max(1, tokens))
 
+    def _fail_all(self, error: Exception) -> StepOutput:
+        """Nobody knows which sequence it was, nor what was half done: all of them end, and the next ones find
+        everything free."""
+        logger.exception("no step can be scheduled; all %d sequences fail", len(self._sequences))
+        ids = list(self._sequences)
+        for id in ids:
+            self._remove(id)
+        return [_failure(id, failures.explain(error)) for id in ids]
+
     def _postprocess(self, batch: list[Sequence], draws: dict[str, Draw]) -> StepOutput:
         """Takes what was drawn into the sequences and ends those that are done."""
         outputs: StepOutput = []
@@ -111,9 +143,9 @@ class EngineCore:
         for sequence in batch:
             draw = draws.get(sequence.id)
             if draw is not None and draw.error is not None:
-                outputs.append(_failure(sequence.id, draw.error))
+                outputs.append(_failure(sequence.id, draw.error, draw.is_refused))
                 self._cache.clear(self._blocks.unregistered(sequence.table))
-                self._scheduler.remove(sequence.id)
+                self._remove(sequence.id)
                 continue
             self._prompt_tokens += max(
                 0, min(sequence.num_scheduled, sequence.num_prompt - sequence.num_cached)
@@ -122,9 +154,14 @@ class EngineCore:
             self._blocks.register(sequence.table, sequence.tokens, sequence.num_cached)
             if draw is None:
                 continue  # in the middle of its prompt
-            outputs.append(self._advance(sequence, draw))
-            if outputs[-1].finish_reason:
-                self._scheduler.remove(sequence.id)
+            try:
+                output = self._advance(sequence, draw)
+            except Exception as error:
+                logger.exception("sequence %s failed after a step", sequence.id)
+                output = _failure(sequence.id, failures.explain(error))
+            outputs.append(output)
+            if output.finish_reason:
+                self._remove(sequence.id)
         return outputs
 
     def _advance(self, sequence: Sequence, draw: Draw) -> SequenceOutput:
@@ -139,5 +176,27 @@ class EngineCore:
         )
 
 
-def _failure(id: str, error: str) -> SequenceOutput:
-    return SequenceOutput(id, [], None, "error", error)
+def _served(config: EngineConfig) -> LoadedModel:
+    """The model as this machine computes it fastest and rightly.
+
+    Raises:
+        EngineError: it can't be computed rightly.
+    """
+    loaded = loader.load(config)
+    expected = selftest.reference(loaded)
+    if packing.pack(loaded, config.quantization):
+        try:
+            selftest.run(loaded, expected, config.quantization)
+            return loaded
+        except Exception as error:  # a model may reach for what has been packed
+            if config.quantization != "none":
+                raise
+            logger.warning("this model is served as transformers has it, unpacked: %s", error)
+        del loaded
+        loaded = loader.load(config)  # packing took the weights
+    selftest.run(loaded, expected, config.quantization)
+    return loaded
+
+
+def _failure(id: str, error: str, is_refused: bool = False) -> SequenceOutput:
+    return SequenceOutput(id, [], None, "error", error, is_refused)

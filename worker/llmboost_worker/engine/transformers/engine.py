@@ -118,8 +118,10 @@ class TransformersEngine(Engine):
             logger.exception("the engine ended by itself")
             # First: who hears of it ends the process. Otherwise a request that comes now would be refused
             # as if it were its own fault.
-            on_failure(error)
-            self._end(error)
+            try:
+                on_failure(error)
+            finally:
+                self._end(error)
         else:
             self._end(EngineError("closed"))
         finally:

@@ -1,4 +1,4 @@
-"""Before a model is served: the attention of each kind of layer, on numbers that make its formula matter.
+"""The attention of each kind of layer, on numbers that make its formula matter.
 
 The logits of a few tokens don't tell whether a softcap of 50 was applied to scores of 5, or a window of 4,096
 to 20 tokens. So each layer's attention is given scores near its softcap, and a window of a few tokens if it
@@ -6,14 +6,14 @@ has one, through transformers' own function and through the engine's.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from llmboost_worker.engine.transformers import probe
-from llmboost_worker.engine.transformers.attention import Step, attending, block_attention
+from llmboost_worker.engine.transformers.attention import asked
+from llmboost_worker.engine.transformers.backend import Formula
 from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, NOBODYS, BlockTable
 from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.layout import StepLayout
@@ -29,6 +29,25 @@ LEVEL = 10.0
 """Of the scores, where the layer names no softcap that would matter to them."""
 
 
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What transformers makes of some rows in one layer."""
+
+    layer: int
+    window: int | None
+    """Of the layer; not of `expected`, where it is `WINDOW`."""
+    formula: Formula
+    """What the engine takes the layer's wishes for."""
+    query: Tensor
+    """[1, heads, rows, key_dim]"""
+    key: Tensor
+    """[1, key_heads, rows, key_dim]"""
+    value: Tensor
+    """[1, key_heads, rows, value_dim]"""
+    expected: Tensor
+    """[rows, heads, value_dim], float32"""
+
+
 @dataclass(slots=True)
 class _Chunk:
     """As a layout wants a sequence."""
@@ -38,33 +57,54 @@ class _Chunk:
     table: BlockTable = field(default_factory=BlockTable)
 
 
-def compare(loaded: LoadedModel) -> Iterator[tuple[LayerCall, Tensor, Tensor]]:
-    """For one layer of each kind, what the engine's attention and transformers' make of the same numbers.
-    The model's attention is left replaced.
-
-    Returns:
-        the layer's call, and twice [rows, heads, value_dim]
-    """
+def cases(loaded: LoadedModel) -> Iterator[Case]:
+    """Of one layer of each kind. The model's attention is left replaced."""
     done = set()
     for call in probe.record(loaded.model):
-        plain = {name: given for name, given in call.keywords.items() if isinstance(given, int | float | str)}
-        kind = (type(call.module), call.heads, call.shape, call.scale, *plain.items(), *call.keywords)
+        formula = asked(call.shape.key_dim, scaling=call.scale, **call.keywords)
+        window, softcap = call.keywords.get("sliding_window"), call.keywords.get("softcap")
+        kind = (type(call.module), call.heads, call.shape, call.scale, window, softcap, *call.keywords)
         eager = probe.eager(call.module)
         if eager is None or kind in done:
             continue
         done.add(kind)
-        keywords = dict(call.keywords)
-        if "sliding_window" in keywords:
-            keywords["sliding_window"] = WINDOW
-        for level in (0.0, float(plain.get("softcap", LEVEL))):
+        for level in (0.0, softcap or LEVEL):
             rows = _rows(call, level, loaded)
-            mask = _mask(keywords.get("sliding_window"), loaded)
             # In single precision, so that only the engine's rounding counts.
-            query, key, value = (tensor.float() for tensor in rows)
             expected, _ = eager(
-                call.module, query, key, value, mask, scaling=call.scale, dropout=0.0, **keywords
+                call.module,
+                *(tensor.float() for tensor in rows),
+                _mask(window is not None, loaded.device),
+                scaling=call.scale,
+                dropout=0.0,
+                **call.keywords,
             )
-            yield call, _engines(loaded, call, rows, keywords), expected[0]
+            yield Case(call.layer, window, formula, *rows, expected[0])
+
+
+def attended(loaded: LoadedModel, case: Case) -> Tensor:
+    """[rows, heads, value_dim]: what the engine makes of it."""
+    backend, formula = loaded.forward.backend, loaded.forward.formula(case.layer, case.formula)
+    if formula.window is not None:
+        formula = replace(formula, window=WINDOW + formula.window - (case.window or formula.window))
+    num_blocks = -(-sum(CHUNKS) // BLOCK_SIZE)
+    cache = KeyValueCache(
+        [loaded.layers[case.layer]], NOBODYS + 1 + num_blocks, BLOCK_SIZE, loaded.dtype, loaded.device
+    )
+    keys, values = cache.keys[0], cache.values[0]
+    parts, start = [], 0
+    for size in CHUNKS:
+        chunk = _Chunk(start, size)
+        chunk.table.blocks.extend(range(NOBODYS + 1, NOBODYS + 1 + num_blocks))
+        layout = StepLayout.of([chunk], BLOCK_SIZE, loaded.device)
+        query, key, value = (
+            tensor[0, :, start : start + size].transpose(0, 1)
+            for tensor in (case.query, case.key, case.value)
+        )
+        backend.write(keys, values, key, value, layout)
+        parts.append(backend.attend(keys, values, query, layout, formula))
+        start += size
+    return torch.cat(parts)
 
 
 def _rows(call: LayerCall, level: float, loaded: LoadedModel) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,34 +120,15 @@ def _rows(call: LayerCall, level: float, loaded: LoadedModel) -> tuple[Tensor, T
     query *= SPREAD / (call.scale * shape.key_dim**0.5)
     # The first dimension is the same in all rows, and makes the level.
     query[..., 0] = key[..., 0] = (level / call.scale) ** 0.5
-    tensors = (query, key, normal(shape.heads, shape.value_dim))
-    return tuple(tensor.to(loaded.device, loaded.dtype) for tensor in tensors)  # type: ignore[return-value]
+    value = normal(shape.heads, shape.value_dim)
+    query, key, value = (tensor.to(loaded.device, loaded.dtype) for tensor in (query, key, value))
+    return query, key, value
 
 
-def _mask(window: int | None, loaded: LoadedModel) -> Tensor:
-    """[1, 1, rows, rows], to add to the scores."""
+def _mask(has_window: bool, device: torch.device) -> Tensor:
+    """[1, 1, rows, rows], to add to the scores; with the test's window if the layer has any."""
     rows = sum(CHUNKS)
-    seen = torch.ones(rows, rows, dtype=torch.bool).tril()
-    if window is not None:
-        seen = seen.triu(1 - window)
-    mask = torch.zeros(rows, rows).masked_fill_(~seen, torch.finfo(torch.float32).min)
-    return mask[None, None].to(loaded.device)
-
-
-def _engines(
-    loaded: LoadedModel, call: LayerCall, rows: tuple[Tensor, Tensor, Tensor], keywords: dict[str, Any]
-) -> Tensor:
-    """[rows, heads, value_dim]"""
-    num_blocks = -(-sum(CHUNKS) // BLOCK_SIZE)
-    cache = KeyValueCache(loaded.layers, NOBODYS + 1 + num_blocks, BLOCK_SIZE, loaded.dtype, loaded.device)
-    parts, start = [], 0
-    for size in CHUNKS:
-        chunk = _Chunk(start, size)
-        chunk.table.blocks.extend(range(NOBODYS + 1, NOBODYS + 1 + num_blocks))
-        layout = StepLayout.of([chunk], BLOCK_SIZE, loaded.device)
-        with attending(Step(layout, cache, loaded.backend)):
-            query, key, value = (tensor[:, :, start : start + size] for tensor in rows)
-            out, _ = block_attention(call.module, query, key, value, None, scaling=call.scale, **keywords)
-        parts.append(out[0])
-        start += size
-    return torch.cat(parts)
+    seen = torch.ones(rows, rows, dtype=torch.bool, device=device).tril()
+    if has_window:
+        seen = seen.triu(1 - WINDOW)
+    return torch.zeros(1, 1, rows, rows, device=device).masked_fill_(~seen, torch.finfo(torch.float32).min)

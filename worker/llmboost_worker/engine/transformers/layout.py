@@ -79,3 +79,18 @@ class StepLayout:
             ends=ends,
             tables=tables,
         )
+
+    def tail(self, first: int) -> "StepLayout":
+        """That of the sequences from `first` on, with their rows alone."""
+        row = int(self.rows[:first].sum())
+        return StepLayout(
+            query_starts=self.query_starts[first:] - row,
+            lengths=self.lengths[first:],
+            block_tables=self.block_tables[first:],
+            slots=self.slots[row:],
+            positions=self.positions[row:],
+            num_single=max(0, self.num_single - first),
+            rows=self.rows[first:],
+            ends=self.ends[first:],
+            tables=self.tables[first:],
+        )

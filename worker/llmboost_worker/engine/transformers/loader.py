@@ -13,9 +13,9 @@ from llmboost.machine import available_cores, available_memory
 from llmboost_worker.engine.interface import EngineError
 from llmboost_worker.engine.transformers import architecture
 from llmboost_worker.engine.transformers.attention import NAME
-from llmboost_worker.engine.transformers.backend import AttentionBackend
 from llmboost_worker.engine.transformers.cache import KeyValueCache, LayerShape, bytes_per_token
 from llmboost_worker.engine.transformers.config import EngineConfig
+from llmboost_worker.engine.transformers.forward import Forward, ModelForward
 from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ class LoadedModel:
     dtype: torch.dtype
     layers: list[LayerShape]
     """What each layer stores per token."""
-    backend: AttentionBackend
+    forward: Forward
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
@@ -63,7 +63,7 @@ def load(config: EngineConfig) -> LoadedModel:
     architecture.check_config(name, text_config)
     model_class = architecture.class_of(name, model_config)
     max_model_len = _max_model_len(config, text_config)
-    dtype = _dtype(config.dtype, device)
+    dtype = _dtype(config.dtype, model_config, device)
     model: Any
     report: dict[str, Any]
     try:
@@ -94,7 +94,7 @@ def load(config: EngineConfig) -> LoadedModel:
         device=device,
         dtype=model.dtype,
         layers=layers,
-        backend=TorchBackend(),
+        forward=ModelForward(model, TorchBackend()),
         max_model_len=max_model_len,
         vocab_size=vocab_size,
         eos_token_ids=_eos_token_ids(model, text_config, vocab_size),
@@ -161,11 +161,16 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype | str:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def _dtype(name: str, model_config: Any, device: torch.device) -> torch.dtype | str:
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type != "cpu":
+        return "auto"
+    multiplies_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if model_config.dtype == torch.bfloat16 and multiplies_bfloat16:
+        return torch.bfloat16
+    return torch.float32
 
 
 def _check_folder(model: str) -> None:

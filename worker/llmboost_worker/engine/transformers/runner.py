@@ -1,18 +1,16 @@
 """One forward of the model per step."""
 
 import logging
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers import sampler
-from llmboost_worker.engine.transformers.attention import Step, attending
-from llmboost_worker.engine.transformers.backend import AttentionBackend
+from llmboost_worker.engine.transformers import failures
 from llmboost_worker.engine.transformers.cache import KeyValueCache
+from llmboost_worker.engine.transformers.forward import Forward
 from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.sampler import Draw
+from llmboost_worker.engine.transformers.sampler import Draw, Sampler
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -23,19 +21,18 @@ UNSOUND = "the model's keys and values are not numbers (NaN) or infinite; a wide
 class ModelRunner:
     """Computes the scheduled tokens of a batch and draws the next ones."""
 
-    def __init__(
-        self, model: Any, cache: KeyValueCache, backend: AttentionBackend, device: torch.device
-    ) -> None:
-        self._model = model
+    def __init__(self, forward: Forward, cache: KeyValueCache, device: torch.device) -> None:
+        self._forward = forward
         self._cache = cache
-        self._backend = backend
         self._device = device
+        self._sampler = Sampler()
 
     def run(self, batch: list[Sequence]) -> dict[str, Draw]:
         """By sequence id, for the sequences whose last token this step reaches and for those that fail.
 
-        If the step throws, halves of it are tried until the culprits are found. That is safe to do: a second
-        forward writes the same keys and values into the same places.
+        If the step throws, halves of it are tried until the culprits are found, and of a sequence that has no
+        memory for its chunk half of that: its `num_scheduled` says how much was computed. That is safe to do:
+        a second forward writes the same keys and values into the same places.
 
         Raises:
             torch.AcceleratorError: the device is lost; nothing can be computed any more.
@@ -44,17 +41,27 @@ class ModelRunner:
             ordered = in_order(batch)
             layout = StepLayout.of(ordered, self._cache.block_size, self._device)
             logits, sampled = self.forward(ordered, layout)
-            drawn = sampler.sample(logits, sampled) if sampled else []
+            drawn = self._sampler.sample(logits, sampled) if sampled else []
             draws = {sequence.id: draw for sequence, draw in zip(sampled, drawn, strict=True)}
             return draws | self._unsound(ordered, layout)
-        except torch.AcceleratorError:
-            raise
         except Exception as error:
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-            if len(batch) == 1:
+            if failures.is_device_lost(error):
+                raise
+            shorter = failures.is_out_of_memory(error) and batch[0].num_scheduled > 1
+            if len(batch) == 1 and not shorter:
                 logger.exception("sequence %s failed in a step", batch[0].id)
-                return {batch[0].id: Draw(error=f"{type(error).__name__}: {error}")}
+                return {batch[0].id: Draw(error=failures.explain(error))}
+        # Not before: the exception held what the step had allocated.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            batch[0].num_scheduled //= 2
+            logger.warning(
+                "sequence %s has no memory for its chunk; trying %d tokens",
+                batch[0].id,
+                batch[0].num_scheduled,
+            )
+            return self.run(batch)
         middle = len(batch) // 2
         return self.run(batch[:middle]) | self.run(batch[middle:])
 
@@ -73,21 +80,11 @@ class ModelRunner:
             if sequence.is_sampled:
                 sampled.append(sequence)
                 last_rows.append(len(tokens) - 1)
-        all_rows = len(last_rows) == len(tokens)
-        with attending(Step(layout, self._cache, self._backend)):
-            output = self._model(
-                input_ids=torch.tensor([tokens], device=self._device),
-                position_ids=layout.positions[None],
-                use_cache=False,
-                # Projecting to the vocabulary is the widest product of all: only rows that are sampled.
-                logits_to_keep=0
-                if all_rows
-                else torch.tensor(last_rows, dtype=torch.int64, device=self._device),
-            )
-        logits = output.logits[0]
-        if len(logits) != len(sampled):  # not every model knows `logits_to_keep`
-            logits = logits[last_rows]
-        return logits, sampled
+        ids = torch.tensor(tokens, device=self._device)
+        rows = None
+        if len(last_rows) < len(tokens):
+            rows = torch.tensor(last_rows, dtype=torch.int64, device=self._device)
+        return self._forward(ids, layout, self._cache, rows), sampled
 
     def _unsound(self, ordered: list[Sequence], layout: StepLayout) -> dict[str, Draw]:
         """Errors for chunks whose keys and values are not numbers, as of bad weights. Of decoding sequences
@@ -106,12 +103,12 @@ class ModelRunner:
 
 
 def in_order(batch: list[Sequence]) -> list[Sequence]:
-    """The order of the sequences in the row of tokens: one row each first, by length, so that what is alike
-    stands together."""
+    """The order of the sequences in the row of tokens: one row each first, by length, then chunks by theirs,
+    so that what is alike stands together."""
     return sorted(
         batch,
         key=lambda sequence: (
             sequence.num_scheduled > 1,
-            sequence.num_cached if sequence.num_scheduled == 1 else 0,
+            sequence.num_cached if sequence.num_scheduled == 1 else sequence.num_scheduled,
         ),
     )
