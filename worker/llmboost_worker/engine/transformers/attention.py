@@ -19,15 +19,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 
 from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula
-from llmboost_worker.engine.transformers.cache import KeyValueCache, LayerShape
+from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.torch_backend import attend
 
 NAME = "llmboost_blocks"
 """As an attention implementation of transformers."""
-
-UNSUPPORTED = ("s_aux", "position_bias", "alibi")
-"""Keywords (sinks, biases) that change what attention computes, and that `block_attention` doesn't know."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,47 +34,47 @@ class Step:
     cache: KeyValueCache
     backend: AttentionBackend
 
-    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, how: Formula) -> Tensor:
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, formula: Formula) -> Tensor:
         """[T, heads, dim] of the step's rows -> [T, heads, value_dim]"""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         self.backend.write(keys, values, key, value, self.layout)
-        return self.backend.attend(keys, values, query, self.layout, how)
-
-
-@dataclass(slots=True)
-class LayerCall:
-    """What a layer handed to its attention function."""
-
-    layer: int
-    shape: LayerShape
-    window: int | None
-
-
-class Probe:
-    """Instead of a step, for a forward of one token: records what each layer passes."""
-
-    def __init__(self) -> None:
-        self.calls: list[LayerCall] = []
+        return self.backend.attend(keys, values, query, self.layout, formula)
 
 
 class _Current(threading.local):
     """What the forward under way in this thread attends to. Not every model passes keywords on to its
     layers."""
 
-    step: Step | Probe | None = None
+    step: Step | None = None
 
 
 _current = _Current()
 
 
 @contextmanager
-def attending(step: Step | Probe) -> Iterator[None]:
+def attending(step: Step) -> Iterator[None]:
     """The forward inside attends to this step, whose rows are the packed tokens in order."""
     _current.step = step
     try:
         yield
     finally:
         _current.step = None
+
+
+def asked(
+    key_dim: int,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **_: Any,
+) -> Formula:
+    """The formula that a layer asks for by the keywords that it gives its attention function.
+
+    Args:
+        s_aux: [heads], sinks
+    """
+    return Formula(key_dim**-0.5 if scaling is None else scaling, softcap, sliding_window, s_aux)
 
 
 def block_attention(
@@ -89,9 +85,7 @@ def block_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
+    **keywords: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of transformers' interface.
 
@@ -99,27 +93,21 @@ def block_attention(
         query: [1, heads, T, key_dim]
         key: [1, key_heads, T, key_dim]
         value: [1, key_heads, T, value_dim]
+        keywords: of `asked`
 
     Returns:
         [1, T, heads, value_dim], and no weights.
     """
     layer: int = module.layer_idx  # type: ignore[assignment]
-    for name in UNSUPPORTED:
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(f"attention with {name!r} in {type(module).__name__}")
     if attention_mask is not None:
         raise NotImplementedError(f"{type(module).__name__} builds an attention mask of its own")
-    how = Formula(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sliding_window)
+    formula = asked(query.shape[-1], scaling, **keywords)
     step = _current.step
     if step is None:
         raise RuntimeError("block attention outside of a step")
-    if isinstance(step, Probe):
-        shape = LayerShape(heads=key.shape[1], key_dim=key.shape[3], value_dim=value.shape[3])
-        step.calls.append(LayerCall(layer, shape, sliding_window))
-        return attend(query, key, value, None, how, is_causal=True).transpose(1, 2), None
     # [1, heads, T, dim] -> [T, heads, dim]
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
-    return step.attend(layer, query, key, value, how)[None], None
+    return step.attend(layer, query, key, value, formula)[None], None
 
 
 AttentionInterface.register(NAME, block_attention)

@@ -16,6 +16,8 @@ class Formula:
     softcap: float | None
     window: int | None
     """A token sees this many tokens, itself included."""
+    sinks: Tensor | None = None
+    """[heads]: of each head, the score of nothing, which takes its share of the attention."""
 
 
 class AttentionBackend(ABC):

@@ -44,6 +44,8 @@ class CompiledBackend(AttentionBackend):
     def attend(
         self, layer_keys: Tensor, layer_values: Tensor, query: Tensor, layout: StepLayout, formula: Formula
     ) -> Tensor:
+        if formula.sinks is not None:
+            return self._torch.attend(layer_keys, layer_values, query, layout, formula)
         plan: _Plan | None = layout.plans.get(CompiledBackend)
         if plan is None:
             plan = layout.plans[CompiledBackend] = _Plan.of(layout)

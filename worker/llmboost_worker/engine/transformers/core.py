@@ -192,7 +192,7 @@ def _served(config: EngineConfig) -> LoadedModel:
         EngineError: it can't be computed rightly.
     """
     loaded = loader.load(config)
-    expected = selftest.references(loaded)
+    expected = selftest.reference(loaded)
     if packing.pack(loaded, config.quantization):
         try:
             selftest.run(loaded, expected, config.quantization)

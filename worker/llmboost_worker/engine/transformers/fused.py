@@ -61,7 +61,7 @@ class FusedForward:
     ) -> None:
         """Takes the model apart: its layers' weights are gone from it afterwards."""
         body, attention = model.model, model.model.layers[0].self_attn
-        self._kernels, self._backend = kernels, backend
+        self._kernels, self.backend = kernels, backend
         self._embedding = body.embed_tokens.weight
         self._epsilon = config.rms_norm_eps
         self._norm = body.norm.weight
@@ -126,7 +126,7 @@ class FusedForward:
                 values,
             )
             query = qkv[:, :width].view(count, self._heads, self._head_dim)
-            attended = self._backend.attend(keys, values, query, layout, layer.formula)
+            attended = self.backend.attend(keys, values, query, layout, layer.formula)
             x = layer.out(attended.view(count, width))
             kernels.add_rms_norm(x, residual, layer.post_norm, epsilon, normed)
             kernels.silu_mul(layer.gate_up(normed), inner)
@@ -136,6 +136,9 @@ class FusedForward:
             normed = torch.empty_like(residual)
         kernels.add_rms_norm(x, residual, self._norm, epsilon, normed)
         return self._head(normed)
+
+    def formula(self, layer: int, asked: Formula) -> Formula:
+        return self._layers[layer].formula
 
 
 def _taken(layer: Any, window: int | None, quantization: Quantization) -> _Layer:

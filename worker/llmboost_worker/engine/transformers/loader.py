@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from llmboost.machine import available_cores, available_memory
 from llmboost_worker.engine.interface import EngineError
@@ -59,14 +59,15 @@ def load(config: EngineConfig) -> LoadedModel:
         model_config = AutoConfig.from_pretrained(config.model, **options)
     except Exception as error:
         raise _not_found(config, error) from error
-    text_config = model_config.get_text_config()
-    architecture.check_config(text_config)
+    name, text_config = model_config.model_type, model_config.get_text_config(decoder=True)
+    architecture.check_config(name, text_config)
+    model_class = architecture.class_of(name, model_config)
     max_model_len = _max_model_len(config, text_config)
     dtype = choose_dtype(config.dtype, model_config, device)
     model: Any
     report: dict[str, Any]
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # by output_loading_info
+        model, report = model_class.from_pretrained(
             config.model,
             config=model_config,
             dtype=dtype,
@@ -82,8 +83,9 @@ def load(config: EngineConfig) -> LoadedModel:
             f"the checkpoint {config.model!r} lacks {len(missing)} of the model's weights, {missing[0]!r} "
             "for one: is it complete, and of a causal language model?"
         )
-    architecture.check_class(model, text_config)
+    architecture.check_class(name, model)
     model = model.eval().requires_grad_(False).to(device)
+    layers = architecture.layers_of(name, model, text_config, max_model_len)
     model.set_attn_implementation(NAME)
     vocab_size = min(text_config.vocab_size, model.get_input_embeddings().weight.shape[0])
     return LoadedModel(
@@ -91,7 +93,7 @@ def load(config: EngineConfig) -> LoadedModel:
         config=text_config,
         device=device,
         dtype=model.dtype,
-        layers=architecture.probe(model, text_config),
+        layers=layers,
         forward=ModelForward(model, TorchBackend()),
         max_model_len=max_model_len,
         vocab_size=vocab_size,
@@ -217,6 +219,6 @@ def _eos_token_ids(model: Any, text_config: Any, vocab_size: int) -> tuple[int, 
     """Those of the generation config, which chat checkpoints keep more complete, else of the model's."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     if ids is None:
-        ids = text_config.eos_token_id
+        ids = getattr(text_config, "eos_token_id", None)
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return tuple(id for id in ids if 0 <= id < vocab_size)

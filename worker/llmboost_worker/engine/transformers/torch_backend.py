@@ -193,19 +193,25 @@ def attend(
     """Scaled dot-product attention of [batch, heads, rows, dim] over [batch, key_heads, keys, dim]; the mask
     is added to the scores."""
     grouped = query.shape[1] != keys.shape[1]
-    if how.softcap is None:
+    if how.softcap is None and how.sinks is None:
         return scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=is_causal, scale=how.scale, enable_gqa=grouped
         )
-    # No fused kernel caps scores. As in transformers' eager attention of Gemma 2.
+    # No fused kernel caps scores or has sinks. As in transformers' eager attention of Gemma 2 and gpt-oss.
     if grouped:
         repeats = query.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(repeats, 1), values.repeat_interleave(repeats, 1)
     scores = torch.matmul(query, keys.transpose(2, 3)) * how.scale
-    scores = torch.tanh(scores / how.softcap) * how.softcap
+    if how.softcap is not None:
+        scores = torch.tanh(scores / how.softcap) * how.softcap
     if is_causal:
         hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
         scores = scores.masked_fill_(hidden, -torch.inf)
     elif mask is not None:
         scores = scores + mask
-    return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(query.dtype), values)
+    if how.sinks is not None:
+        # By head, or by key head and, as rows, the heads that share it.
+        sinks = how.sinks.to(scores.dtype).view(1, query.shape[1], -1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], -1)
+    weights = torch.softmax(scores, -1, dtype=torch.float32)[..., : keys.shape[2]].to(query.dtype)
+    return torch.matmul(weights, values)
