@@ -12,8 +12,8 @@ from statistics import median
 UNBOUNDED = 1 << 30
 
 SHARE = 0.75
-"""What the prompts' part of a step may cost, in pure decode steps. The issue of it all is that nobody waits for
-a token more than three times as long as usual; what is left is for the machine's moods."""
+"""What the prompts' part of a step may cost, in pure decode steps. The point of it all is that nobody waits
+for a token more than three times as long as usual; what is left is for the machine's moods."""
 
 MIN_CHUNK = 4
 """Tokens that prompts get however dear they look: they must get on, and give new measurements."""
