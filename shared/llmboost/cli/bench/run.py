@@ -154,8 +154,7 @@ class Point:
             else:
                 await arrivals.at_a_time(load.concurrency or 1, limit, self._send)
         finally:
-            # Not now: with a rate, there is a pause after the last one.
-            self._ended = max((record.ended for record in self.records), default=time.perf_counter())
+            self._ended = time.perf_counter()
             self._cpu = time.thread_time() - cpu
             watching.cancel()
             progress.show(self._state())
