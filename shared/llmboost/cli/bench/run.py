@@ -68,7 +68,6 @@ class Measurement:
             self.target = await find(client, options, messages=is_chat)
             self._check_length(self.target)
             workload = Workload(options, self.target, self._questions)
-            self._progress.found(self.target)
             for number, load in enumerate(options.loads):
                 point = Point(options, load, number, client, workload)
                 self._points.append(point)
