@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvloop
 from arq.worker import RetryJob, func
@@ -31,6 +31,9 @@ from llmboost_worker.leased import LeasedWorker, current_claim
 from llmboost_worker.models import locate
 from llmboost_worker.publisher import Publisher
 from llmboost_worker.text import Tokenizer, TokenizerError
+
+if TYPE_CHECKING:
+    from llmboost_worker.engine.transformers import EngineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -253,17 +256,18 @@ class WorkerProcess:
 
 def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
     """The engine that the settings name, not yet started, and the model's tokenizer."""
-    from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
+    from llmboost_worker.engine.transformers import TransformersEngine
 
-    if settings.tp > 1:
-        raise EngineError(
-            f"--tp is {settings.tp}, but the {settings.engine} engine runs a model on one device: "
-            "use --tp 1, and --dp for more workers"
-        )
     model = locate(settings.model)
     tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
-    engine = TransformersEngine(
-        EngineConfig(
+    return TransformersEngine(_transformers_config(settings, model)), tokenizer
+
+
+def _transformers_config(settings: WorkerSettings, model: str) -> "EngineConfig":
+    from llmboost_worker.engine.transformers import EngineConfig
+
+    try:
+        return EngineConfig(
             model=model,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
@@ -278,9 +282,21 @@ def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
             enable_chunked_prefill=settings.enable_chunked_prefill,
             enable_prefix_caching=settings.enable_prefix_caching,
             threads=settings.threads or None,
+            tp=settings.tp,
         )
-    )
-    return engine, tokenizer
+    except ValueError as error:  # settings that don't go together
+        raise EngineError(str(error)) from error
+
+
+def _follow(settings: WorkerSettings) -> int:
+    """A process that torchrun started beside the one that serves: computes with it, and returns an exit
+    status."""
+    from llmboost_worker.engine.transformers.followers import follow
+    from llmboost_worker.engine.transformers.ranks import Place
+
+    place = Place.given()
+    assert place is not None
+    return follow(_transformers_config(settings, locate(settings.model)), place)
 
 
 async def _in_thread(call: Callable[[], T]) -> T:
@@ -315,6 +331,8 @@ def run(settings: WorkerSettings) -> int:
     """
     logs.configure(settings.log_level)
     os.environ.update({name: value for name, value in OPENMP.items() if name not in os.environ})
+    if settings.tp > 1 and int(os.environ.get("RANK", 0)) > 0:
+        return _follow(settings)
     uvloop.install()
     asyncio.set_event_loop(asyncio.new_event_loop())
     worker = WorkerProcess(settings, handle_signals=True)
