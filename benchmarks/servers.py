@@ -23,8 +23,19 @@ PATIENCE_S = 600.0
 class Server:
     """One server; `url` ends in `/v1`."""
 
-    def __init__(self, command: Sequence[str], port: int, env: Mapping[str, str] | None = None) -> None:
+    def __init__(
+        self,
+        command: Sequence[str],
+        port: int,
+        env: Mapping[str, str] | None = None,
+        *,
+        model: str | None = None,
+        ready: str = "/v1/models",
+    ) -> None:
+        """`model`: what requests must name, if it lists none. `ready`: answered when the model is loaded."""
         self.url = f"http://127.0.0.1:{port}/v1"
+        self.model = model
+        self._ready = f"http://127.0.0.1:{port}{ready}"
         self._log = TemporaryFile()  # noqa: SIM115
         inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLMBOOST_")}
         # Leashed: it ends when this process is killed.
@@ -67,7 +78,8 @@ class Server:
             if self._process.poll() is not None:
                 raise RuntimeError(f"it ended before it was ready:\n{self._tail()}")
             with suppress(httpx.HTTPError):
-                if httpx.get(f"{self.url}/models", timeout=5).json()["data"]:
+                answer = httpx.get(self._ready, timeout=5)
+                if answer.status_code == 200 and answer.json().get("data") != []:
                     return
             time.sleep(0.25)
         raise RuntimeError(f"not ready after {PATIENCE_S:g} s:\n{self._tail()}")
@@ -90,7 +102,11 @@ def transformers(python: str, model: Path, dtype: str, threads: int) -> Server:
     program = "from transformers.cli.transformers import main; main()"
     command = [python, "-c", program, "serve", str(model), "--port", str(port), "--host", "127.0.0.1"]
     command += ["--continuous-batching", "--dtype", dtype, "--device", "cpu"]
-    return Server(command, port, {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"})
+    # By default it takes most of the memory for its cache, and a mask as wide as that: it did not get to
+    # answering. So much is needed for 32 sequences of 256 tokens and their answers.
+    command += ["--cb-block-size", "32", "--cb-num-blocks", "384", "--cb-max-batch-tokens", "512"]
+    env = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
+    return Server(command, port, env, model=str(model), ready="/health")
 
 
 def vllm(python: str, model: Path, dtype: str, threads: int) -> Server:

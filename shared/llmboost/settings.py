@@ -5,6 +5,7 @@ A flag `--lease` is the environment variable `LLMBOOST_LEASE` is the field `leas
 
 import base64
 import binascii
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -105,6 +106,18 @@ def _redis_url(value: str) -> str:
 
 
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+
+
+def _json_object(value: str) -> str:
+    if not isinstance(
+        json.loads(value), dict
+    ):  # what is no JSON at all raises ValueError, in words of its own
+        raise ValueError('must be a JSON object, such as {"enforce_eager": true}')
+    return value
+
+
+JsonObject = Annotated[str, AfterValidator(_json_object)]
+"""As text, which a variable and a flag can hold."""
 
 
 class CommonSettings(BaseSettings):
@@ -217,7 +230,10 @@ class WorkerSettings(CommonSettings):
         (),
         description="Names by which clients ask for the model, instead of its own; separated by commas.",
     )
-    engine: Literal["transformers"] = Field("transformers", description="What runs the model.")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What runs the model; vllm must be installed. Workers of both may share a queue.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a model from the hub.")
     trust_remote_code: bool = Field(False, description="Run code that comes with a model from the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
@@ -233,6 +249,9 @@ class WorkerSettings(CommonSettings):
         0, description="CPU threads per worker; 0: the available cores, shared among the workers of `serve`."
     )
     tp: PositiveInt = Field(1, description="GPUs over which one model is split.")
+    pp: PositiveInt = Field(
+        1, description="Stages into which a model's layers are split, each on --tp GPUs; with vllm."
+    )
     max_model_len: PositiveInt | None = Field(
         None, description="Longest prompt and output together, in tokens; default: the model's own limit."
     )
@@ -250,6 +269,11 @@ class WorkerSettings(CommonSettings):
         True,
         description="Keep what was computed for requests that begin alike, such as the next turn of a "
         "conversation, until its memory is needed.",
+    )
+    vllm_options: JsonObject = Field(
+        "{}",
+        description="Further arguments of vLLM's engine, as a JSON object: "
+        '{"gpu_memory_utilization": 0.8, "enforce_eager": true}.',
     )
     lease: Annotated[float, Field(ge=0.2)] = Field(
         3.0, description="Seconds after which a dead worker's jobs go to another."

@@ -12,7 +12,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig
 
 from llmboost.jobs import SamplingParams
-from llmboost_worker.engine.interface import EngineInfo, SequenceOutput, SequenceRequest, StepOutput
+from llmboost_worker.engine.interface import (
+    Engine,
+    EngineInfo,
+    SequenceOutput,
+    SequenceRequest,
+    StepOutput,
+)
 from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
 from tests.unit.engine_configs import COMMON, CONFIGS, EOS, PAD, VOCAB
 
@@ -72,12 +78,15 @@ class Collected:
     finish_reason: str | None = None
     error: str | None = None
     is_refused: bool = False
+    prompt_logprobs: list[Any] | None = None
+    prompt_logprobs_came: int = 0
+    cached_tokens: int = field(default=0, compare=False)
 
 
 class Driver:
     """An engine, and all of its output by sequence."""
 
-    def __init__(self, engine: TransformersEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.changed = threading.Condition()
         self.sequences: dict[str, Collected] = {}
@@ -98,6 +107,10 @@ class Driver:
         sequence.finish_reason = output.finish_reason
         sequence.error = output.error
         sequence.is_refused = output.is_refused
+        if output.prompt_logprobs is not None:
+            sequence.prompt_logprobs = output.prompt_logprobs
+            sequence.prompt_logprobs_came += 1
+        sequence.cached_tokens += output.cached_tokens
 
     def _on_failure(self, error: BaseException) -> None:
         with self.changed:

@@ -30,7 +30,7 @@ class Sequence:
 
 
 class Model:
-    """What a cache must look like, kept beside the manager: contents by block, written by whoever computes."""
+    """What a cache must look like, kept beside the manager: contents by block, as sequences write them."""
 
     def __init__(self, enable_prefix_caching: bool = True, num_blocks: int = BLOCKS) -> None:
         self.manager = BlockManager(1 + num_blocks, SIZE, enable_prefix_caching)
@@ -91,8 +91,8 @@ class Model:
 @settings(max_examples=200, deadline=None)
 @given(st.lists(operation, max_size=60), st.booleans())
 def test_any_history_leaves_each_sequence_with_its_own_tokens(operations: list[tuple], enabled: bool) -> None:
-    """Blocks are shared only once they are full and hold the same beginning; a refusal changes nothing; in the
-    end all are free."""
+    """Blocks are shared only once they are full and hold the same beginning; a refusal changes nothing; in
+    the end all are free."""
     model = Model(enabled)
     for name, *arguments in operations:
         try:

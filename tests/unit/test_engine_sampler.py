@@ -92,6 +92,7 @@ PARAMETERS: list[dict[str, Any]] = [
     {"top_p": 0.5},
     {"top_p": 0.95},
     {"top_p": 1e-9},
+    {"top_p": 1e-300},
     {"min_p": 0.1},
     {"top_k": 30, "top_p": 0.8, "min_p": 0.05, "temperature": 1.3},
     {"presence_penalty": 1.5},
@@ -146,8 +147,8 @@ def test_filters_are_exact_beyond_the_candidates(scale: float, parameters: dict[
         st.lists(st.sampled_from([0.0, 1e-30, 1e-7, 0.25, 0.2500001, 0.3, 1.0]), min_size=9, max_size=9),
         min_size=1,
         max_size=4,
-    ).filter(lambda rows: all(map(any, rows))),
-    p=st.sampled_from([1e-9, 0.1, 0.5, 0.9, 0.999999]),
+    ).map(lambda rows: [[*row, 1.0] for row in rows]),
+    p=st.sampled_from([1e-300, 1e-9, 0.1, 0.5, 0.9, 0.999999]),
 )
 def test_the_digits_of_a_threshold_are_those_that_sorting_finds(rows: list[list[float]], p: float) -> None:
     weights, shares = torch.tensor(rows), torch.full((len(rows), 1), p, dtype=torch.float64)

@@ -236,3 +236,129 @@ def test_prompts_without_end_do_not_stop_a_lower_class() -> None:
         many.scheduler.remove(str(number))
     else:
         raise AssertionError("it was never begun")
+
+
+# The prefix cache
+
+SHARED = [9] * 40
+"""Two full blocks, and a part of a third."""
+
+
+def test_a_second_prompt_computes_only_what_the_first_has_not() -> None:
+    simulation = Simulation()
+    first = simulation.add("first", 50)
+    simulation.step()
+    simulation.scheduler.remove("first")
+    again = simulation.add("again", list(first.tokens[:50]))
+    assert simulation.step() == {"again": 2}
+    assert (first.num_found, again.num_found) == (0, 48)
+
+
+def test_what_begins_alike_is_computed_once() -> None:
+    """The others come in as soon as the beginning is there, and meanwhile those that begin otherwise."""
+    simulation = Simulation(max_num_seqs=8)
+    for number in range(3):
+        simulation.add(f"shared-{number}", [*SHARED, number])
+    simulation.add("other", 20)
+    assert simulation.step() == {"shared-0": 41, "other": 20}
+    assert simulation.step() == {"shared-0": 1, "other": 1, "shared-1": 9, "shared-2": 9}
+
+
+def test_who_waits_for_a_beginning_has_a_slot_reserved() -> None:
+    simulation = Simulation(max_num_seqs=2, tokens=20)
+    simulation.add("first", SHARED)
+    simulation.add("second", SHARED)
+    simulation.add("other", 5)
+    assert simulation.step() == {"first": 20}
+    assert simulation.step() == {"first": 20}
+    assert simulation.step() == {"first": 1, "second": 8}
+    assert "other" not in simulation.scheduler.running
+
+
+def test_when_the_one_that_computes_a_beginning_leaves_the_next_in_line_does() -> None:
+    """From the block that was complete."""
+    simulation = Simulation(tokens=20)
+    for id in ("first", "second", "third"):
+        simulation.add(id, SHARED)
+    simulation.scheduler.schedule()
+    simulation.scheduler.remove("first")  # before it has computed anything
+    assert simulation.step() == {"second": 20}
+    simulation.scheduler.remove("second")
+    assert simulation.step() == {"third": 20}
+    assert simulation.step() == {"third": 4}
+
+
+def test_a_higher_class_does_not_wait_for_what_a_lower_one_computes() -> None:
+    """That sits out while the higher one has a prompt: they would wait for each other."""
+    simulation = Simulation(tokens=20)
+    simulation.add("batch", SHARED, priority=1)
+    simulation.step()
+    simulation.add("interactive", SHARED)
+    assert simulation.step() == {"interactive": 20}
+
+
+def test_logprobs_of_a_prompt_need_all_of_it() -> None:
+    simulation = Simulation()
+    simulation.add("first", SHARED)
+    simulation.step()
+    asked = simulation.add("asked", SHARED, prompt_logprobs=0)
+    assert simulation.step() == {"first": 1, "asked": 40}
+    assert asked.num_found == 0
+
+
+def test_whatever_comes_and_goes_everyone_gets_on() -> None:
+    """Prompts that share beginnings, in both classes, in a cache that holds a few of them: with somebody to
+    serve, a step serves somebody, and all come to their end."""
+    simulation = Simulation(max_num_seqs=6, tokens=30, room=320)
+    sequences = [
+        simulation.add(f"{n}", [n % 3] * (20 + 7 * n), priority=n % 2, max_tokens=60) for n in range(12)
+    ]
+    for step in range(3000):
+        batch = simulation.step()
+        assert batch or not (simulation.scheduler.running or simulation.scheduler.num_waiting)
+        for one in sequences:
+            if one.id in batch and (one.finish_reason() or step == 10 * int(one.id)):
+                simulation.scheduler.remove(one.id)
+    assert (len(simulation.scheduler.running), simulation.scheduler.num_waiting) == (0, 0)
+    assert simulation.blocks.num_used == 0
+
+
+# Pace
+
+
+class Bounded(Pace):
+    """Allows so many tokens, and writes down for what."""
+
+    def __init__(self, *allowed: int) -> None:
+        super().__init__()
+        self.allowed = list(allowed)
+        self.asked: list[tuple[int, int, int]] = []
+
+    def tokens(self, decoding: int, prompts: int, context: int) -> int:
+        self.asked.append((decoding, prompts, context))
+        return self.allowed.pop(0) if self.allowed else UNBOUNDED
+
+
+def test_prompts_get_what_the_pace_allows_beside_those_that_decode() -> None:
+    pace = Bounded(UNBOUNDED, 7, 0, 9)
+    simulation = Simulation(pace=pace)
+    simulation.add("a", 5)
+    assert simulation.step() == {"a": 5}
+    simulation.add("b", 30)
+    simulation.add("c", 30)
+    assert simulation.step() == {"a": 1, "b": 7}
+    assert simulation.step() == {"a": 1}
+    assert simulation.step() == {"a": 1, "b": 9}
+    assert simulation.step() == {"a": 1, "b": 14, "c": 30}
+    assert pace.asked == [(0, 1, 0), (1, 2, 0), (1, 2, 7), (1, 2, 7), (1, 2, 16)]
+
+
+def test_those_that_find_no_slot_do_not_count_as_a_crowd() -> None:
+    pace = Bounded(UNBOUNDED, 1)
+    simulation = Simulation(max_num_seqs=3, pace=pace)
+    simulation.add("a", 5)
+    simulation.step()
+    for number in range(20):
+        simulation.add(f"{number}", 10)
+    simulation.step()
+    assert pace.asked[-1] == (1, 2, 0)

@@ -1,6 +1,7 @@
 """The worker process: loads a model, then claims and runs its jobs until it is told to go."""
 
 import asyncio
+import json
 import logging
 import os
 import secrets
@@ -45,9 +46,9 @@ EXIT_WITHIN_S = 10.0
 OPENMP = {"GOMP_SPINCOUNT": "4000"}
 """For torch's threads, read when it is loaded: how long they spin before they sleep while they wait for each
 other; this is some tens of microseconds. A step has hundreds of products, and little between them. By
-default they spin for milliseconds, and so hold up the one they wait for as soon as anything else wants a core,
-such as Redis and the pod. Measured with 16 sequences on two cores, in ms a step, alone and beside a process
-that never rests: sleeping at once 32 and 38, this 22 and 53, by default 20 and 150."""
+default they spin for milliseconds, and so hold up the one they wait for as soon as anything else wants a
+core, such as Redis and the pod. Measured with 16 sequences on two cores, in ms a step, alone and beside one
+process that never rests: sleeping at once 32 and 38, this 22 and 53, by default 20 and 150."""
 
 T = TypeVar("T")
 Load = Callable[[WorkerSettings], tuple[Engine, Tokenizer]]
@@ -256,11 +257,21 @@ class WorkerProcess:
 
 def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
     """The engine that the settings name, not yet started, and the model's tokenizer."""
+    model = locate(settings.model)
+    make = _vllm_engine if settings.engine == "vllm" else _transformers_engine
+    engine = make(settings, model)
+    return engine, Tokenizer.load(model, settings.revision, settings.trust_remote_code)
+
+
+def _transformers_engine(settings: WorkerSettings, model: str) -> Engine:
     from llmboost_worker.engine.transformers import TransformersEngine
 
-    model = locate(settings.model)
-    tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
-    return TransformersEngine(_transformers_config(settings, model)), tokenizer
+    if settings.pp > 1:
+        raise EngineError(
+            f"--pp is {settings.pp}, but the {settings.engine} engine has a part of every layer on each "
+            "device: use --pp 1, and --tp for more devices"
+        )
+    return TransformersEngine(_transformers_config(settings, model))
 
 
 def _transformers_config(settings: WorkerSettings, model: str) -> "EngineConfig":
@@ -299,6 +310,33 @@ def _follow(settings: WorkerSettings) -> int:
     return follow(_transformers_config(settings, locate(settings.model)), place)
 
 
+def _vllm_engine(settings: WorkerSettings, model: str) -> Engine:
+    from llmboost_worker.engine.vllm.config import VllmConfig
+    from llmboost_worker.engine.vllm.engine import VllmEngine
+
+    return VllmEngine(
+        VllmConfig(
+            model=model,
+            revision=settings.revision,
+            trust_remote_code=settings.trust_remote_code,
+            dtype=settings.dtype,
+            quantization=settings.quantization,
+            device=settings.device,
+            max_model_len=settings.max_model_len,
+            kv_cache_memory=settings.kv_cache_memory,
+            max_num_seqs=min(settings.max_num_seqs, settings.max_num_batched_tokens),
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            enable_chunked_prefill=settings.enable_chunked_prefill,
+            enable_prefix_caching=settings.enable_prefix_caching,
+            threads=settings.threads or None,
+            tensor_parallel=settings.tp,
+            pipeline_parallel=settings.pp,
+            log_level=settings.log_level,
+            options=json.loads(settings.vllm_options),
+        )
+    )
+
+
 async def _in_thread(call: Callable[[], T]) -> T:
     """Awaits a blocking call in a daemon thread: a signal while a model loads must not wait for it."""
     loop = asyncio.get_running_loop()
@@ -331,7 +369,7 @@ def run(settings: WorkerSettings) -> int:
     """
     logs.configure(settings.log_level)
     os.environ.update({name: value for name, value in OPENMP.items() if name not in os.environ})
-    if settings.tp > 1 and int(os.environ.get("RANK", 0)) > 0:
+    if settings.engine == "transformers" and settings.tp > 1 and int(os.environ.get("RANK", 0)) > 0:
         return _follow(settings)
     uvloop.install()
     asyncio.set_event_loop(asyncio.new_event_loop())

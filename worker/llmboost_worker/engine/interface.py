@@ -44,7 +44,8 @@ class SequenceRequest:
     output_ids: list[int] = field(default_factory=list)
     """Already emitted by an earlier attempt: count as output for limits, penalties and random numbers."""
     max_tokens: int = 1
-    """Output tokens at most, `output_ids` included; with the prompt no more than `max_model_len`."""
+    """Output tokens at most, `output_ids` included; with the prompt no more than `max_model_len`. 0 with
+    `sampling.prompt_logprobs`: the prompt is computed for these alone."""
     priority: int = 0
     """0 is interactive, 1 batch: smaller is admitted first."""
 

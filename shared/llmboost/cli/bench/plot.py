@@ -125,7 +125,8 @@ def _distribution(axes: Axes, reports: Sequence[dict[str, Any]], key: str, title
     axes.set(title=title, ylabel="share of all", xlabel="ms")
     found = [report["points"][0][key] for report in reports]
     # A few outliers would push all the others to the margin.
-    most = max((min(each["max"], 1.3 * each["p99"]) for each in found if each), default=1.0)
+    most = max((min(each["max"], 1.3 * each["p99"]) for each in found if each), default=0.0)
+    most = most or 1.0
     for report, each, colour in zip(reports, found, _colours(reports), strict=True):
         if each is None:
             continue

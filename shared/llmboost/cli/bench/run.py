@@ -145,7 +145,7 @@ class Point:
         limit = arrivals.Limit(requests, options.duration)
         progress.begin(load, requests)
         watching = asyncio.create_task(self._watch(progress))
-        cpu = time.process_time()
+        cpu = time.thread_time()
         self._began = time.perf_counter()
         try:
             if load.rate is not None:
@@ -156,7 +156,7 @@ class Point:
         finally:
             # Not now: with a rate, there is a pause after the last one.
             self._ended = max((record.ended for record in self.records), default=time.perf_counter())
-            self._cpu = time.process_time() - cpu
+            self._cpu = time.thread_time() - cpu
             watching.cancel()
             progress.show(self._state())
 

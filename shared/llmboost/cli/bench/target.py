@@ -10,7 +10,7 @@ from llmboost.cli.bench.events import message_in
 from llmboost.cli.bench.options import Options
 from llmboost.cli.bench.record import Record
 from llmboost.cli.bench.wire import WireError
-from llmboost.cli.bench.words import WORDS, words
+from llmboost.cli.bench.words import words
 
 PATHS = {"completions": "/completions", "chat": "/chat/completions"}
 OPTIONAL = {
@@ -111,7 +111,7 @@ class _Search:
             endpoints = ["chat"] if self._messages else ["completions", "chat"]
         for endpoint in endpoints:
             self._target = Target(model.id, endpoint, model.max_model_len)
-            record = await self._probe(words(WORDS, _FEW_WORDS))
+            record = await self._probe(words(_FEW_WORDS))
             if record.error is None:
                 break
             if record.status not in _ABSENT or endpoint == endpoints[-1]:
@@ -173,7 +173,7 @@ class _Search:
                 if record.error is None and record.prompt_tokens in (0, len(ids), len(ids) + 1):
                     self._target = replace(self._target, highest_id=highest)
                     return
-        few, many = [await self._probe(words(WORDS * 2, count)) for count in (_FEW_WORDS, _MANY_WORDS)]
+        few, many = [await self._probe(words(count)) for count in (_FEW_WORDS, _MANY_WORDS)]
         if not few.prompt_tokens or many.prompt_tokens <= few.prompt_tokens:
             note = "the server does not count a prompt's tokens: a word is taken for one"
             self._target = replace(self._target, notes=(*self._target.notes, note))

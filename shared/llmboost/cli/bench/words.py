@@ -1,6 +1,6 @@
 """Words of which made-up prompts consist: common ones, which most tokenizers have as one token."""
 
-from collections.abc import Sequence
+import random
 
 WORDS = tuple(
     "the of and to in is that it was for on are with they at be this from have or by one had not but what "
@@ -17,6 +17,6 @@ WORDS = tuple(
 )
 
 
-def words(vocabulary: Sequence[str], count: int) -> str:
-    """Text of so many of them, from the beginning; all over again when they run out."""
-    return " ".join(vocabulary[number % len(vocabulary)] for number in range(count))
+def words(count: int, draw: random.Random | None = None) -> str:
+    """Text of so many of them; the same each time, unless it is drawn."""
+    return " ".join((draw or random.Random(0)).choices(WORDS, k=count))

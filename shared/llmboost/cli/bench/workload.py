@@ -77,6 +77,7 @@ class Workload:
         self._options = options
         self._target = target
         self._questions = questions
+        self._asked = 0
         self._prefixes = [
             self._made_up(random.Random(f"{options.seed} prefix {number}"), options.shared_prefix_tokens)
             for number in range(options.num_prefixes if options.shared_prefix_tokens else 0)
@@ -95,7 +96,9 @@ class Workload:
         if self._questions is None:
             prompt = self._prompt(draw)
         else:
-            question = self._questions[number % len(self._questions)]
+            # Never the same again, as long as there are others: a server may have kept it.
+            question = self._questions[self._asked % len(self._questions)]
+            self._asked += 1
             prompt = question.prompt
             max_tokens = question.max_tokens or max_tokens
         temperature = draw.choice(options.temperatures)

@@ -91,7 +91,7 @@ class EngineCore:
             try:
                 sequence = Sequence(request, self.info, self._arrivals)
                 reason = sequence.finish_reason()
-                if reason is None:
+                if reason is None or sequence.is_scored:
                     self._scheduler.add(sequence)
                     self._sequences[sequence.id] = sequence
             except MemoryError as error:
@@ -100,8 +100,9 @@ class EngineCore:
             except Exception as error:  # whatever is wrong with a request is its own affair
                 self._ended.append(_failure(request.id, str(error), is_refused=True))
                 continue
-            if reason is not None:
-                self._ended.append(SequenceOutput(request.id, [], None, reason))
+            if reason is not None and not sequence.is_scored:
+                of_prompt = sequence.prompt_logprobs
+                self._ended.append(SequenceOutput(request.id, [], None, reason, prompt_logprobs=of_prompt))
 
     def close(self) -> None:
         """Lets the other ranks go, if there are any."""
@@ -182,12 +183,20 @@ class EngineCore:
     def _advance(self, sequence: Sequence, draw: Draw) -> SequenceOutput:
         """Takes what was drawn into the sequence."""
         found, sequence.num_found = sequence.num_found or 0, 0
+        of_prompt, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        if reason := sequence.finish_reason():  # it ran for the logprobs of its prompt alone
+            return SequenceOutput(sequence.id, [], None, reason, prompt_logprobs=of_prompt)
         sequence.append(draw.token)
         self._output_tokens += 1
         self._cached_tokens += found
         logprobs = None if draw.logprobs is None else [draw.logprobs]
         return SequenceOutput(
-            sequence.id, [draw.token], logprobs, sequence.finish_reason(), cached_tokens=found
+            sequence.id,
+            [draw.token],
+            logprobs,
+            sequence.finish_reason(),
+            cached_tokens=found,
+            prompt_logprobs=of_prompt,
         )
 
 

@@ -114,6 +114,7 @@ class TransformersEngine(Engine):
             with suppress(InvalidStateError):  # a rank that died has said why
                 started.set_exception(error)
             return
+        self._publish(core, [])
         started.set_result(core.info)
         try:
             with torch.inference_mode():

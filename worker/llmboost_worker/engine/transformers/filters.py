@@ -62,7 +62,7 @@ def nucleus(weights: Tensor, p: Tensor) -> Tensor:
     A GPU sorts. On a CPU that takes ten times as long as to look for v digit by digit, as a radix sort does.
 
     Args:
-        weights: [rows, vocabulary], float32 in [0, 1]
+        weights: [rows, vocabulary], float32 in [0, 1], each row's largest 1
         p: [rows, 1], float64, below 1
 
     Returns:

@@ -67,7 +67,7 @@ def load(config: EngineConfig, local_rank: int = 0) -> LoadedModel:
     architecture.check_split(name, text_config, config.tp)
     model_class = architecture.class_of(name, model_config)
     max_model_len = _max_model_len(config, text_config)
-    dtype = _dtype(config.dtype, model_config, device)
+    dtype = choose_dtype(config.dtype, model_config, device)
     if config.tp > 1:
         options["distributed_config"] = DistributedConfig(tp_size=config.tp)
     model: Any
@@ -183,7 +183,8 @@ def device_of(config: EngineConfig, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, model_config: Any, device: torch.device) -> torch.dtype | str:
+def choose_dtype(name: str, model_config: Any, device: torch.device) -> torch.dtype | str:
+    """What `--dtype` means for this model here; "auto" is the checkpoint's own."""
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype

@@ -11,6 +11,10 @@ from statistics import median
 
 UNBOUNDED = 1 << 30
 
+SHARE = 0.75
+"""What the prompts' part of a step may cost, in pure decode steps. The point of it all is that nobody waits
+for a token more than three times as long as usual; what is left is for the machine's moods."""
+
 MIN_CHUNK = 4
 """Tokens that prompts get however dear they look: they must get on, and give new measurements."""
 
@@ -33,6 +37,9 @@ FASTER = 0.8
 
 DECAY = 0.8
 """Weight of what was known of prompt tokens, against one new step."""
+
+NEAR = 256
+"""Tokens of context that make no difference."""
 
 SURPRISE = 3
 """Times the expected that a measurement counts at most: the machine has other things to do now and then."""
@@ -65,11 +72,11 @@ class Pace:
             self._prefill.learn(tokens, context, own)
 
     def tokens(self, decoding: int, prompts: int, context: int) -> int:
-        """Prompt tokens for the next step, so that it takes about twice as long as a pure decode step.
+        """Prompt tokens for the next step, so that it takes less than twice as long as a pure decode step.
 
-        Where prompts crowd, those behind them weigh as much as those who read: the step grows by as many
-        decode steps as there are prompts per running sequence. Otherwise a full house would spend its time on
-        small steps, in which few decode and most wait.
+        Where prompts crowd, those behind them weigh as much as those who read: they get as many times more as
+        there are prompts per running sequence. Otherwise a full house would spend its time on small steps, in
+        which few decode and most wait.
 
         Args:
             decoding: rows of the step that decode
@@ -81,7 +88,7 @@ class Pace:
         batch = self._batches.setdefault(decoding.bit_length(), _Batch())
         if batch.seconds is None or batch.num_mixed >= STALE:
             return 0
-        seconds = batch.seconds * max(1.0, prompts / max(decoding, CROWD))
+        seconds = SHARE * batch.seconds * max(1.0, prompts / max(decoding, CROWD))
         return batch.allow(max(MIN_CHUNK, self._prefill.affordable(seconds, context)))
 
 
@@ -130,10 +137,10 @@ class _PrefillCost:
 
     def __init__(self) -> None:
         self._spent: dict[int, tuple[float, float]] = {}
-        """Decayed sums of seconds and tokens, by the context's bit length."""
+        """Decayed sums of seconds and tokens, by the context."""
 
     def learn(self, tokens: int, context: int, seconds: float) -> None:
-        size = context.bit_length()
+        size = (context // NEAR).bit_length()
         spent, before = self._spent.get(size, (0.0, 0.0))
         if spent:
             seconds = min(seconds, SURPRISE * spent / before * tokens)
@@ -143,7 +150,7 @@ class _PrefillCost:
         """Tokens after `context` others; 0 if nothing is known."""
         if not self._spent:
             return 0
-        size = context.bit_length()
+        size = (context // NEAR).bit_length()
         # What was never measured costs no more than the next longer context, or than twice the next shorter
         # one for each doubling between them. Once tried, it is known.
         known = min((other for other in self._spent if other >= size), default=max(self._spent))

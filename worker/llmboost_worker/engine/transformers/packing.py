@@ -3,9 +3,6 @@
 It computes what it did before, but for rounding and for what int8 loses; the self-test sees to that.
 """
 
-import logging
-
-import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -14,12 +11,10 @@ from llmboost_worker.engine.transformers.compiled_backend import CompiledBackend
 from llmboost_worker.engine.transformers.config import Quantization
 from llmboost_worker.engine.transformers.forward import ModelForward
 from llmboost_worker.engine.transformers.fused import FusedForward
-from llmboost_worker.engine.transformers.kernels import TYPES, BuildError, Kernels
+from llmboost_worker.engine.transformers.kernels import Kernels, find
 from llmboost_worker.engine.transformers.linear import PackedLinear
 from llmboost_worker.engine.transformers.loader import LoadedModel
 from llmboost_worker.engine.transformers.torch_backend import TorchBackend
-
-logger = logging.getLogger(__name__)
 
 
 def pack(loaded: LoadedModel, quantization: Quantization) -> bool:
@@ -30,7 +25,7 @@ def pack(loaded: LoadedModel, quantization: Quantization) -> bool:
             return False
         _pack_linears(loaded.model, quantization)
         return True
-    kernels = _kernels(loaded.dtype)
+    kernels = find(loaded.device, loaded.dtype)
     if kernels is not None and FusedForward.fits(loaded.model, loaded.config):
         backend = CompiledBackend(kernels)
         loaded.forward = FusedForward(
@@ -40,16 +35,6 @@ def pack(loaded: LoadedModel, quantization: Quantization) -> bool:
     _pack_linears(loaded.model, quantization)
     loaded.forward = ModelForward(loaded.model, _backend(kernels, loaded))
     return True
-
-
-def _kernels(dtype: torch.dtype) -> Kernels | None:
-    if dtype not in TYPES:
-        return None
-    try:
-        return Kernels(dtype)
-    except BuildError as error:
-        logger.warning("no compiled kernels, so this takes longer than it could: %s", error)
-        return None
 
 
 def _backend(kernels: Kernels | None, loaded: LoadedModel) -> AttentionBackend:

@@ -6,11 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers import failures
+from llmboost_worker.engine.transformers import failures, scoring
 from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.forward import Forward
 from llmboost_worker.engine.transformers.layout import StepLayout
 from llmboost_worker.engine.transformers.sampler import Draw, Sampler
+from llmboost_worker.engine.transformers.scoring import PromptScores
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 logger = logging.getLogger(__name__)
@@ -37,6 +38,7 @@ class ModelRunner:
         Raises:
             torch.AcceleratorError: the device is lost; nothing can be computed any more.
         """
+        batch = scoring.bounded(batch)
         try:
             ordered = in_order(batch)
             layout = StepLayout.of(ordered, self._cache.block_size, self._device)
@@ -75,16 +77,21 @@ class ModelRunner:
         tokens: list[int] = []
         last_rows: list[int] = []
         sampled: list[Sequence] = []
+        scores = PromptScores()
         for sequence in ordered:
+            scores.add(sequence, len(tokens))
             tokens += sequence.tokens[sequence.num_cached : sequence.num_cached + sequence.num_scheduled]
             if sequence.is_sampled:
                 sampled.append(sequence)
                 last_rows.append(len(tokens) - 1)
         ids = torch.tensor(tokens, device=self._device)
-        rows = None
-        if len(last_rows) < len(tokens):
-            rows = torch.tensor(last_rows, dtype=torch.int64, device=self._device)
-        return self._forward(ids, layout, self._cache, rows), sampled
+        rows, num_scored = None, len(scores.rows)
+        if num_scored or len(last_rows) < len(tokens):
+            rows = torch.tensor(scores.rows + last_rows, dtype=torch.int64, device=self._device)
+        logits = self._forward(ids, layout, self._cache, rows)
+        if num_scored:
+            scores.take(logits[:num_scored])
+        return logits[num_scored:], sampled
 
     def _unsound(self, ordered: list[Sequence], layout: StepLayout) -> dict[str, Draw]:
         """Errors for chunks whose keys and values are not numbers, as of bad weights. Of decoding sequences

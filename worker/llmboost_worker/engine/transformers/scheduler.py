@@ -143,7 +143,7 @@ class Scheduler:
 
     def _is_computed_by_another(self, sequence: Sequence) -> bool:
         """Whether the beginning that it lacks will soon be there without it."""
-        if not sequence.reuses_prefix:
+        if sequence.is_scored:
             return False
         table = self._blocks.computed_by(sequence.table, sequence.tokens)
         return table is not None and any(
@@ -160,7 +160,7 @@ class Scheduler:
             try:
                 # Each running sequence soon needs another block: taking their last would throw somebody out.
                 found = self._blocks.allocate(
-                    sequence.table, sequence.tokens, spare=len(self.running), reuse=sequence.reuses_prefix
+                    sequence.table, sequence.tokens, spare=len(self.running), reuse=not sequence.is_scored
                 )
                 break
             except CacheFull:

@@ -3,7 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from llmboost_worker.engine.interface import EngineInfo, FinishReason, SequenceRequest
+from llmboost_worker.engine.interface import EngineInfo, FinishReason, SequenceRequest, TokenLogprobs
 from llmboost_worker.engine.transformers import randomness
 from llmboost_worker.engine.transformers.blocks import BlockTable
 
@@ -43,6 +43,10 @@ class Sequence:
         """Not drawn before `min_tokens`."""
         self.bias_ids = np.array(list(sampling.logit_bias.keys()), dtype=np.int64)
         self.bias_values = np.array(list(sampling.logit_bias.values()), dtype=np.float32)
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        """Of the prompt's tokens, as far as it is computed; None: not asked for, or given away."""
+        if sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
         penalised = (
             sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
         )
@@ -70,9 +74,9 @@ class Sequence:
         return max(len(self.tokens), self.num_prompt + self.max_tokens)
 
     @property
-    def reuses_prefix(self) -> bool:
-        """Logprobs of the prompt come from computing it."""
-        return self.sampling.prompt_logprobs is None
+    def is_scored(self) -> bool:
+        """Tokens of its prompt still want their logprobs, which come from computing it."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
 
     @property
     def is_sampled(self) -> bool:

@@ -6,6 +6,7 @@ loaded; without a compiler the engine computes the same with torch, only slower.
 """
 
 import ctypes
+import logging
 from ctypes import c_float, c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from llmboost_worker.engine.transformers.kernels.build import BuildError, library
 
+logger = logging.getLogger(__name__)
+
 WIDTH = 16
 MAX_DIM = 256
 MAX_GROUPS = 16
@@ -23,7 +26,7 @@ PART = 256
 
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
-__all__ = ["Attention", "BuildError", "Kernels", "Rotation"]
+__all__ = ["Attention", "BuildError", "Kernels", "Rotation", "find"]
 
 
 class Attention(ctypes.Structure):
@@ -62,6 +65,7 @@ class Kernels:
         self._add_rms_norm = _function(f"add_rms_norm_{name}")
         self._silu_mul = _function(f"silu_mul_{name}")
         self._rotate_and_store = _function(f"rotate_and_store_{name}")
+        self._int8_product = _function(f"int8_product_{name}")
 
     @staticmethod
     def attends(heads: int, key_heads: int, key_dim: int, value_dim: int) -> bool:
@@ -160,6 +164,42 @@ class Kernels:
             len(qkv),
         )
 
+    @staticmethod
+    def multiplies(outputs: int, inputs: int) -> bool:
+        """Whether `int8_product` can be used with weights of this shape."""
+        return outputs % 4 == inputs % WIDTH == 0
+
+    def int8_product(self, x: Tensor, weight: Tensor, scale: Tensor, out: Tensor) -> None:
+        """out [rows, outputs] = x @ weight.T * scale.
+
+        Args:
+            x: [rows, inputs], float32
+            weight: [outputs, inputs], int8
+            scale: [outputs], float32
+        """
+        rows, outputs = out.shape
+        self._int8_product(
+            x.data_ptr(),
+            weight.data_ptr(),
+            scale.data_ptr(),
+            out.data_ptr(),
+            rows,
+            outputs,
+            weight.shape[1],
+        )
+
+
+@cache
+def find(device: torch.device, dtype: torch.dtype) -> Kernels | None:
+    """The kernels, if there are any for this, and the machine can compile them."""
+    if device.type != "cpu" or dtype not in TYPES:
+        return None
+    try:
+        return Kernels(dtype)
+    except BuildError as error:
+        logger.warning("no compiled kernels, so this takes longer than it could: %s", error)
+        return None
+
 
 def scratch_size(rows: int, heads: int, key_heads: int, value_dim: int, most_parts: int) -> int:
     """Floats that `Kernels.attend` needs to share out one row's context."""
@@ -181,6 +221,7 @@ ARGUMENTS = {
     "add_rms_norm": [*[c_void_p] * 3, c_float, c_void_p, c_int, c_int],
     "silu_mul": [c_void_p, c_void_p, c_int, c_int],
     "rotate_and_store": [*[c_void_p] * 8, c_int],
+    "int8_product": [*[c_void_p] * 4, *[c_int] * 3],
 }
 
 
@@ -188,7 +229,7 @@ def _function(name: str) -> Any:
     kind, _, _ = name.rpartition("_")
     # Letting go of the interpreter's lock costs more than the short ones take, and getting it back may take
     # as long as the event loop likes.
-    holder = _library()[0] if kind == "attend" else _library()[1]
+    holder = _library()[0] if kind in ("attend", "int8_product") else _library()[1]
     function = getattr(holder, name)
     function.argtypes = ARGUMENTS[kind]
     function.restype = None

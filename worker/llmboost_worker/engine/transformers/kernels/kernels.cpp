@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 constexpr int WIDTH = 16;      // floats in a vector
@@ -381,6 +385,62 @@ void rotate_and_store(T* qkv, const Rotation& how, const T* query_norm, const T*
   }
 }
 
+// Weights in int8 ------------------------------------------------------------------------------------------------
+
+typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+
+inline Floats load(const int8_t* from) {
+#ifdef __AVX512F__  // which GCC doesn't find by itself
+  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
+#else
+  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints), Floats);
+#endif
+}
+
+inline void store_one(float* to, float x) { *to = x; }
+inline void store_one(BFloat16* to, float x) {
+  BFloat16 memory[WIDTH];
+  store(memory, all(x));
+  *to = memory[0];
+}
+
+// R rows by four outputs.
+template <class T, int R>
+inline void int8_tile(const float* x, const int8_t* weight, const float* scale, T* out, int outputs, int inputs) {
+  Floats products[R][4] = {};
+  for (int k = 0; k < inputs; k += WIDTH) {
+    Floats w[4];
+    for (int n = 0; n < 4; n++) w[n] = load(weight + int64_t(n) * inputs + k);
+    for (int r = 0; r < R; r++) {
+      const Floats row = load(x + int64_t(r) * inputs + k);
+      for (int n = 0; n < 4; n++) products[r][n] += row * w[n];
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    const Quarters total = sums(products[r][0], products[r][1], products[r][2], products[r][3]);
+    for (int n = 0; n < 4; n++) store_one(out + int64_t(r) * outputs + n, total[n] * scale[n]);
+  }
+}
+
+// x [rows, inputs] times weight [outputs, inputs], each output by its scale.
+template <class T>
+void int8_product(const float* x, const int8_t* weight, const float* scale, T* out, int rows, int outputs, int inputs) {
+#pragma omp parallel for schedule(static)
+  for (int n = 0; n < outputs; n += 4) {
+    const int8_t* w = weight + int64_t(n) * inputs;
+    for (int r = 0; r < rows; r += 4) {
+      const float* from = x + int64_t(r) * inputs;
+      T* to = out + int64_t(r) * outputs + n;
+      switch (rows - r) {
+        case 1: int8_tile<T, 1>(from, w, scale + n, to, outputs, inputs); break;
+        case 2: int8_tile<T, 2>(from, w, scale + n, to, outputs, inputs); break;
+        case 3: int8_tile<T, 3>(from, w, scale + n, to, outputs, inputs); break;
+        default: int8_tile<T, 4>(from, w, scale + n, to, outputs, inputs);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 #define EXPORT(T, NAME)                                                                                               \
@@ -395,6 +455,10 @@ void rotate_and_store(T* qkv, const Rotation& how, const T* query_norm, const T*
     add_rms_norm(x, residual, weight, epsilon, out, rows, dim);                                                       \
   }                                                                                                                   \
   extern "C" void silu_mul_##NAME(const T* gate_up, T* out, int rows, int dim) { silu_mul(gate_up, out, rows, dim); } \
+  extern "C" void int8_product_##NAME(const float* x, const int8_t* weight, const float* scale, T* out, int rows,     \
+                                      int outputs, int inputs) {                                                     \
+    int8_product(x, weight, scale, out, rows, outputs, inputs);                                                       \
+  }                                                                                                                   \
   extern "C" void rotate_and_store_##NAME(T* qkv, const Rotation* how, const T* query_norm, const T* key_norm,        \
                                           const int64_t* positions, const int64_t* slots, T* keys, T* values,         \
                                           int rows) {                                                                 \
