@@ -14,11 +14,12 @@ import asyncio
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from llmboost.entries import ChoiceDelta, StreamError, Terminal, TokenLogprob, Usage
 from llmboost.jobs import GenerationJob
 from llmboost.streams import SealOutcome, StreamEnded, TokenStreams, Transcript, Writer
-from llmboost_worker.checks import Refused, check_bias, encoded, most_tokens
+from llmboost_worker.checks import Refused, check_bias, compiled, encoded, most_tokens
 from llmboost_worker.engine.interface import Engine, EngineInfo, SequenceOutput, SequenceRequest, StepOutput
 from llmboost_worker.publisher import Outbox, Publisher
 from llmboost_worker.text import ChoiceText, Tokenizer, render_prompt
@@ -147,7 +148,8 @@ class Generator:
         generation.prompt_tokens = len(prompt_ids)
         check_bias(job, self._info)
         max_tokens = most_tokens(job, len(prompt_ids), self._info)
-        requests = self._resume(generation, transcript, prompt_ids, max_tokens)
+        grammar = await compiled(job, self._engine)
+        requests = self._resume(generation, transcript, prompt_ids, max_tokens, grammar)
         if not requests:
             generation.end()
         for request in requests:
@@ -228,7 +230,12 @@ class Generator:
     # Before the first token
 
     def _resume(
-        self, generation: Generation, transcript: Transcript, prompt_ids: list[int], max_tokens: int
+        self,
+        generation: Generation,
+        transcript: Transcript,
+        prompt_ids: list[int],
+        max_tokens: int,
+        grammar: Any,
     ) -> list[SequenceRequest]:
         """Sets up the choices where the log leaves them; returns the sequences that have still to run."""
         job = generation.job
@@ -265,6 +272,7 @@ class Generator:
                         output_ids=list(output_ids),
                         max_tokens=max_tokens,
                         priority=0 if job.job_class == "interactive" else 1,
+                        grammar=grammar,
                     )
                 )
         if opening:

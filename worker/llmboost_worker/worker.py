@@ -265,7 +265,8 @@ def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             enable_chunked_prefill=settings.enable_chunked_prefill,
             threads=settings.threads or None,
-        )
+        ),
+        tokenizer.token_bytes,
     )
     return engine, tokenizer
 

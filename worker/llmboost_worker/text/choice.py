@@ -47,7 +47,7 @@ class ChoiceText:
         self._hidden: frozenset[int] = frozenset()
         if not sampling.include_stop_str_in_output:
             self._hidden = frozenset(sampling.stop_token_ids)
-            if not sampling.ignore_eos:
+            if not sampling.ignore_eos or sampling.grammar is not None:
                 self._hidden |= frozenset(end_ids)
         self.tokens = 0
         """Tokens read, up to and including the one that stopped it."""

@@ -158,6 +158,27 @@ class Tokenizer:
                 return False
         return True
 
+    def token_bytes(self) -> list[bytes]:
+        """What each token adds to a text, by id; b"" for one that isn't text (special, or none at all). Where
+        several add the same, as "A" and <0x41> do, all but the one that the tokenizer prefers are b"".
+
+        Raises:
+            TokenizerError: it isn't of the two families in which a token adds the same wherever it stands.
+        """
+        if self._family is None:
+            raise TokenizerError(
+                "this model's tokenizer doesn't say what bytes a token stands for, wherever it stands"
+            )
+        pieces = [self._piece(token_id) for token_id in range(self.vocab_size)]
+        preferred: dict[bytes, int] = {}
+        # Bytes are only for what has no token of its own.
+        for token_id, piece in sorted(enumerate(pieces), key=lambda each: isinstance(each[1], bytes)):
+            preferred.setdefault(piece if isinstance(piece, bytes) else piece.encode(), token_id)
+        tokens = [b""] * self.vocab_size
+        for text, token_id in preferred.items():
+            tokens[token_id] = text
+        return tokens
+
     def token_string(self, token_id: int) -> tuple[str, list[int] | None]:
         """One token as OpenAI's logprobs show it: its text, and its UTF-8 bytes (None if it has none).
 

@@ -1,5 +1,6 @@
 """The compute half of the engine: a model, its cache and the loop's three verbs. No threads, no callers."""
 
+from llmboost_worker.engine.grammar import MatcherThread
 from llmboost_worker.engine.interface import (
     EngineInfo,
     EngineStats,
@@ -47,6 +48,7 @@ class EngineCore:
         self._scheduler = Scheduler(
             self._cache, config.max_num_seqs, config.max_num_batched_tokens, config.enable_chunked_prefill
         )
+        self._matchers = MatcherThread()
         self._ended: StepOutput = []
         """Of sequences that end without having run."""
         self._arrivals = 0
@@ -91,6 +93,9 @@ class EngineCore:
 
     def step(self) -> StepOutput:
         batch = self._scheduler.schedule()
+        self._matchers.start(
+            [(each.matcher, each.tokens) for each in batch if each.matcher is not None and each.is_sampled]
+        )
         draws = self._runner.run(batch) if batch else {}
         ended, self._ended = self._ended, []
         return ended + self._postprocess(batch, draws)

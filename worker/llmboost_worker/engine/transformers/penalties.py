@@ -1,7 +1,8 @@
 """What a request changes in its logits before they are turned into probabilities.
 
 In vLLM's order: bias, tokens held back by `min_tokens`, repetition, frequency and presence penalties. Each is
-a sparse update of [rows, vocabulary] in place, and costs nothing where no sequence asks for it.
+a sparse update of [rows, vocabulary] in place, and costs nothing where no sequence asks for it. Last what the
+grammars forbid, so that nothing brings it back.
 """
 
 import numpy as np
@@ -9,14 +10,20 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from llmboost_worker.engine.grammar import Matcher
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 
 def apply(logits: Tensor, sequences: list[Sequence]) -> None:
     """logits [rows, vocabulary] of `sequences`, changed in place."""
+    matchers = {i: sequence.matcher for i, sequence in enumerate(sequences) if sequence.matcher is not None}
+    for i, matcher in matchers.items():
+        matcher.wait(sequences[i].tokens)
     _bias(logits, sequences)
     _hold_back(logits, sequences)
     _penalise(logits, sequences)
+    if matchers:
+        _forbid(logits, matchers)
 
 
 def _bias(logits: Tensor, sequences: list[Sequence]) -> None:
@@ -27,9 +34,32 @@ def _bias(logits: Tensor, sequences: list[Sequence]) -> None:
 
 
 def _hold_back(logits: Tensor, sequences: list[Sequence]) -> None:
-    rows = [i for i, sequence in enumerate(sequences) if sequence.num_output < sequence.sampling.min_tokens]
+    rows = [
+        i
+        for i, sequence in enumerate(sequences)
+        if sequence.num_output < sequence.sampling.min_tokens
+        and not (sequence.matcher and sequence.matcher.must_end)
+    ]
     if rows:
         logits[_index(rows, [sequences[i].held_back_ids for i in rows], logits)] = -torch.inf
+
+
+def _forbid(logits: Tensor, matchers: dict[int, Matcher]) -> None:
+    """Leaves of each row what its grammar allows."""
+    packed = np.stack([matcher.mask for matcher in matchers.values()]).view(np.uint8)
+    if logits.device.type == "cpu":
+        bits = np.unpackbits(packed, axis=1, count=logits.shape[1], bitorder="little")
+        forbidden = torch.from_numpy(bits) == 0
+    else:  # an eighth of the bytes to copy
+        powers = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=logits.device)
+        on_device = torch.from_numpy(packed).to(logits.device, non_blocking=True)
+        bits_there = (on_device[:, :, None] & powers).flatten(1)
+        forbidden = torch.nn.functional.pad(bits_there, (0, logits.shape[1] - bits_there.shape[1])) == 0
+    if len(matchers) == len(logits):
+        logits.masked_fill_(forbidden, -torch.inf)
+    else:
+        rows = torch.tensor(list(matchers), device=logits.device)
+        logits.index_copy_(0, rows, logits[rows].masked_fill_(forbidden, -torch.inf))
 
 
 def _penalise(logits: Tensor, sequences: list[Sequence]) -> None:

@@ -66,17 +66,19 @@ def sample(logits: Tensor, sequences: list[Sequence]) -> list[Draw]:
     ids = tokens.tolist()
     reported = logprobs.report(ids) if logprobs else {}
     return [
-        Draw(error=_why(logits[i])) if broken[i] else Draw(ids[i], reported.get(i))
+        Draw(error=_why(logits[i], sequences[i])) if broken[i] else Draw(ids[i], reported.get(i))
         for i in range(len(sequences))
     ]
 
 
-def _why(row: Tensor) -> str:
+def _why(row: Tensor, sequence: Sequence) -> str:
+    if sequence.matcher is not None and sequence.matcher.error is not None:
+        return f"the output can't be held to its grammar any longer: {sequence.matcher.error}"
     if row.isnan().any():
         return "the model's logits are not numbers (NaN); a wider dtype may help"
     if (row == torch.inf).any():
         return "the model's logits, or a logit_bias, are infinite"
-    return "no token is left to draw: logit_bias and min_tokens exclude all of them"
+    return "no token is left to draw: logit_bias, min_tokens and the grammar exclude all of them"
 
 
 def weigh(scores: Tensor, sequences: list[Sequence]) -> Tensor:

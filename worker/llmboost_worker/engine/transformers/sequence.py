@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from llmboost_worker.engine.grammar import Compiled, Matcher
 from llmboost_worker.engine.interface import EngineInfo, FinishReason, SequenceRequest
 from llmboost_worker.engine.transformers import randomness
 
@@ -40,7 +41,11 @@ class Sequence:
 
         self.random_state = randomness.stream(sampling.seed, request.choice)
         stops = {token for token in sampling.stop_token_ids if 0 <= token < info.vocab_size}
-        self.stop_ids = frozenset(stops if sampling.ignore_eos else stops.union(info.eos_token_ids))
+        self.matcher = _matcher(request)
+        """What its grammar allows next."""
+        # With a grammar the end is allowed only where the output may end, or must.
+        ignores_end = sampling.ignore_eos and self.matcher is None
+        self.stop_ids = frozenset(stops if ignores_end else stops.union(info.eos_token_ids))
         self.held_back_ids = np.array(sorted(stops.union(info.eos_token_ids)), dtype=np.int64)
         """Not drawn before `min_tokens`."""
         self.bias_ids = np.array(list(sampling.logit_bias.keys()), dtype=np.int64)
@@ -121,6 +126,14 @@ class TokenCounts:
             self._ids[index] = token
             self._size += 1
         self._counts[index] += 1
+
+
+def _matcher(request: SequenceRequest) -> Matcher | None:
+    if request.sampling.grammar is None:
+        return None
+    if not isinstance(request.grammar, Compiled):
+        raise ValueError("its grammar has not been compiled")
+    return request.grammar.matcher(len(request.prompt_ids), holds_end=request.sampling.ignore_eos)
 
 
 def _check(request: SequenceRequest, info: EngineInfo) -> None:
