@@ -36,7 +36,7 @@ LIMITS = LLParserLimits(
 enumeration of 10,000 values and an object of 1,000 properties fit."""
 
 OPTIONS = '%llguidance {"no_forcing": true}\n'
-"""The model decides how a text that must come is cut into tokens. Otherwise the library would ask a tokenizer,
+"""The model decides how a text that must come is cut into tokens. Otherwise the library would ask a tokenizer
 in the middle of a text, where many answer as if it were the beginning."""
 
 JSON_OPTIONS = {
@@ -100,19 +100,18 @@ class Grammars:
 
     def _compile(self, grammar: Grammar) -> Compiled:
         vocabulary = self._load()
-        source = _source(grammar)
         try:
-            template = LLMatcher(vocabulary.tokenizer, source, log_level=0, limits=LIMITS)
+            template = LLMatcher(vocabulary.tokenizer, _source(grammar), log_level=0, limits=LIMITS)
             mask = np.zeros(vocabulary.num_words, dtype=np.int32)
             if not template.is_error():
                 # Much of the work, and so many errors, only come with the first mask.
                 template.unsafe_compute_mask_ptr(mask.ctypes.data, mask.nbytes)
-        except Exception as error:  # a panic of the library's
+        except GrammarError:
+            raise
+        except BaseException as error:  # a panic of the library's is no Exception
             raise GrammarError(f"can't be used: {error}.") from error
         if template.is_error():
-            raise GrammarError(_explained(template.get_error()))
-        if not mask.any():
-            raise GrammarError("can't be met: there is no text of that form.")
+            raise GrammarError(_explained(template.get_error() or template.stop_reason()))
         return Compiled(template, vocabulary, grammar.kind in ("json", "json_schema"))
 
     def _load(self) -> Vocabulary:
@@ -166,6 +165,8 @@ def _explained(error: str) -> str:
     """The library's error, which may have several lines, as a sentence after the name of a field."""
     lines = error.splitlines()
     what = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), lines[0])
+    if what == "NoExtensionBias":
+        return "can't be met: there is no text of that form."
     if what.startswith("panic") or "too big" in what or "too large" in what or "too many" in what:
         return "is too large or too complex: make it smaller."
     if what.startswith("Unimplemented keys: "):

@@ -60,7 +60,7 @@ class Matcher:
             return
         try:
             self._advance(list(tokens[self._read :]))
-        except Exception as error:  # a panic of the library's ends this output alone
+        except BaseException as error:  # a panic of the library's is no Exception; it ends this output alone
             self._fail(str(error))
 
     def _advance(self, new: list[int]) -> None:
