@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import jsonschema
+import numpy as np
 import pytest
+import torch
 from transformers import LlamaConfig
 
 from llmboost.jobs import Grammar
 from llmboost_worker.engine.interface import SequenceRequest
+from llmboost_worker.engine.transformers import masks
 from tests.unit.engine_models import COMMON, Driver, driving, prompt, request, save_model
 from tests.unit.grammars import PADDING, of_choices, of_schema, said, tokenizer_of
 from tests.unit.text_tokenizers import token_id
@@ -142,6 +145,28 @@ def test_what_its_grammar_does_not_take_ends_one_sequence_alone(driver: Driver) 
     assert result.finish_reason == "error"
     assert "grammar" in (result.error or "")
     assert [each.finish_reason for each in others] == ["length", "stop"]
+
+
+@pytest.mark.parametrize("width", [64, 70, 59])
+@pytest.mark.parametrize("rows", [(0, 1, 2), (2, 0)])
+def test_masks_are_applied_alike_on_a_cpu_and_elsewhere(
+    driver: Driver, rows: tuple[int, ...], width: int
+) -> None:
+    """To the rows that have one, whether logits are as wide as the masks, wider or narrower."""
+    matchers = {row: driver.engine.compile(GRAMMARS["choice"]).result().matcher(0, False) for row in rows}
+    random = np.random.default_rng(0)
+    for matcher in matchers.values():
+        matcher.mask = random.integers(-(2**31), 2**31, 2, dtype=np.int32)
+    logits = torch.randn(3, width)
+    expected = logits.clone()
+    for row, matcher in matchers.items():
+        for token in range(width):
+            if token >= 64 or not int(matcher.mask[token // 32]) >> token % 32 & 1:
+                expected[row, token] = -torch.inf
+    masks.forbid(logits, matchers)
+    assert (logits == expected).all()
+    packed = random.integers(0, 256, (5, 8), dtype=np.uint8)
+    assert (masks.limits_there(packed, torch.device("cpu")) == masks.limits(packed)).all()
 
 
 def test_logprobs_are_of_the_models_own_distribution(driver: Driver) -> None:

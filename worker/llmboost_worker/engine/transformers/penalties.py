@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from llmboost_worker.engine.grammar import Matcher
+from llmboost_worker.engine.transformers import masks
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 
@@ -23,7 +23,7 @@ def apply(logits: Tensor, sequences: list[Sequence]) -> None:
     _hold_back(logits, sequences)
     _penalise(logits, sequences)
     if matchers:
-        _forbid(logits, matchers)
+        masks.forbid(logits, matchers)
 
 
 def _bias(logits: Tensor, sequences: list[Sequence]) -> None:
@@ -42,24 +42,6 @@ def _hold_back(logits: Tensor, sequences: list[Sequence]) -> None:
     ]
     if rows:
         logits[_index(rows, [sequences[i].held_back_ids for i in rows], logits)] = -torch.inf
-
-
-def _forbid(logits: Tensor, matchers: dict[int, Matcher]) -> None:
-    """Leaves of each row what its grammar allows."""
-    packed = np.stack([matcher.mask for matcher in matchers.values()]).view(np.uint8)
-    if logits.device.type == "cpu":
-        bits = np.unpackbits(packed, axis=1, count=logits.shape[1], bitorder="little")
-        forbidden = torch.from_numpy(bits) == 0
-    else:  # an eighth of the bytes to copy
-        powers = torch.tensor([1 << bit for bit in range(8)], dtype=torch.uint8, device=logits.device)
-        on_device = torch.from_numpy(packed).to(logits.device, non_blocking=True)
-        bits_there = (on_device[:, :, None] & powers).flatten(1)
-        forbidden = torch.nn.functional.pad(bits_there, (0, logits.shape[1] - bits_there.shape[1])) == 0
-    if len(matchers) == len(logits):
-        logits.masked_fill_(forbidden, -torch.inf)
-    else:
-        rows = torch.tensor(list(matchers), device=logits.device)
-        logits.index_copy_(0, rows, logits[rows].masked_fill_(forbidden, -torch.inf))
 
 
 def _penalise(logits: Tensor, sequences: list[Sequence]) -> None:
