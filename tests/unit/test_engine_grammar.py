@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from transformers import LlamaConfig
 
 from llmboost.jobs import Grammar
+from llmboost_worker.engine.grammar import Matcher
 from llmboost_worker.engine.interface import SequenceRequest
 from llmboost_worker.engine.transformers import masks
 from tests.unit.engine_models import COMMON, Driver, driving, prompt, request, save_model
@@ -167,6 +169,23 @@ def test_masks_are_applied_alike_on_a_cpu_and_elsewhere(
     assert (logits == expected).all()
     packed = random.integers(0, 256, (5, 8), dtype=np.uint8)
     assert (masks.limits_there(packed, torch.device("cpu")) == masks.limits(packed)).all()
+
+
+def test_what_may_come_next_is_found_out_beside_the_compute_thread(
+    driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And once for each token: whoever waits for it finds it done."""
+    threads: list[str] = []
+    advance = Matcher._advance
+
+    def noted(matcher: Matcher, new: list[int]) -> None:
+        threads.append(threading.current_thread().name)
+        advance(matcher, new)
+
+    monkeypatch.setattr(Matcher, "_advance", noted)
+    result = driver.run_one(asks(driver, "held", GRAMMARS["regex"]))
+    assert len(threads) == len(result.token_ids)
+    assert all(name.startswith("llmboost-matcher") for name in threads)
 
 
 def test_logprobs_are_of_the_models_own_distribution(driver: Driver) -> None:

@@ -28,8 +28,6 @@ class Vocabulary:
         self.size = size
         self.tokens = [*tokens[:size], *[b""] * (size - len(tokens))]
         self.end_ids = sorted(set(end_ids))
-        for end in self.end_ids:
-            self.tokens[end] = b""
         self.ends = self.packed(self.end_ids)
         self.blank_first = self.packed(
             token for token, text in enumerate(self.tokens) if text and text[0] in BLANKS
