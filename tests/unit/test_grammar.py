@@ -3,6 +3,7 @@
 import json
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
@@ -313,6 +314,10 @@ def nested(levels: int) -> Schema:
         ({"type": "string", "pattern": "(?=a)"}, "look-around"),
         ({"type": "array", "maxItems": 1_000_000}, "maxItems"),
         ({"type": "integer", "multipleOf": 1_000_003}, "multipleOf"),
+        ({"type": "number", "multipleOf": 9999.9999}, "multipleOf"),
+        ({"allOf": [{"type": "integer", "multipleOf": 9973}, {"multipleOf": 9967}]}, "9967"),
+        ({"type": "object", "patternProperties": {f"^{i}_": {} for i in range(100)}}, "patternProperties"),
+        ({"type": "string", "pattern": "(ab)?" * 4000}, "characters"),
         ({"x-guidance": {"lenient": True}, "uniqueItems": True}, "x-guidance"),
         ({"type": "object", "required": ["a"], "properties": {"a": False}}, "nsatisfiable"),
         (nested(101), "100 levels"),
@@ -321,6 +326,11 @@ def nested(levels: int) -> Schema:
 )
 def test_a_schema_that_cannot_be_enforced_is_refused_by_what_it_has(schema: Schema, names: str) -> None:
     assert names in refusal(of_schema(schema))
+
+
+@pytest.mark.parametrize("multiple", [0.01, 5, 3_600, 9_973, 0.5])
+def test_round_multiples_are_enforced(multiple: float) -> None:
+    check({"type": "number", "multipleOf": multiple, "minimum": 0, "maximum": multiple * 20}, 1)
 
 
 def test_names_that_look_like_keywords_are_names() -> None:
@@ -342,6 +352,8 @@ def test_names_that_look_like_keywords_are_names() -> None:
         (Grammar("regex", r"[^\s\S]"), "no text of that form"),
         (Grammar("grammar", "start: unknown"), "unknown"),
         (Grammar("grammar", "root ::= ("), "neither GBNF nor Lark"),
+        (Grammar("grammar", 'start: %json {"type": "number", "multipleOf": 9999.9999}'), "%json"),
+        (Grammar("grammar", '%llguidance {"allow_invalid_utf8": true}\nstart: /a/'), "%llguidance"),
     ],
 )
 def test_other_grammars_are_refused_with_the_reason(grammar: Grammar, names: str) -> None:
@@ -358,7 +370,21 @@ def test_a_model_without_an_end_can_hold_no_output_to_a_grammar() -> None:
         Grammars(tokenizer_of("byte_level").token_bytes, 500, ()).compile(Grammar("json")).result()
 
 
+def chain(link: Callable[[Schema], Schema], length: int) -> Grammar:
+    """A schema in which each definition refers to the next."""
+    names = [f"{number}" for number in range(length)]
+    definitions = {name: link({"$ref": f"#/$defs/{int(name) + 1}"}) for name in names}
+    return of_schema({"$ref": "#/$defs/0", "$defs": {**definitions, f"{length}": {"type": "object"}}})
+
+
 HOSTILE = [
+    chain(lambda next: {"type": "array", "items": next}, 2200),
+    chain(lambda next: {"type": "object", "properties": {"": next}, "required": [""]}, 1500),
+    chain(lambda next: {"anyOf": [next, {}]}, 2500),
+    chain(lambda next: {"allOf": [next, {}]}, 2500),
+    Grammar("grammar", "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(1100)) + '\na1100: "a"'),
+    Grammar("grammar", "start: A\nA: " + "(" * 8000 + '"a"' + ")" * 8000),
+    Grammar("regex", "(" * 8000 + "a" + ")" * 8000),
     Grammar("regex", r"(((a{100}){100}){100})"),
     Grammar("regex", r"(((a{1000}){1000}){1000})"),
     Grammar("regex", r"((((ab|c){1,1000}){1,1000}){1,1000})"),

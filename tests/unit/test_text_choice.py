@@ -143,8 +143,8 @@ def test_a_chat_answer_is_its_own_text_and_a_completion_goes_on(cut: int) -> Non
 
 
 def test_what_is_held_to_a_grammar_is_shown_to_its_first_space_and_without_its_end() -> None:
-    """A pattern that begins with a space is met by what the reader sees, and `ignore_eos` makes no text of the
-    end, which the grammar asked for."""
+    """A pattern that begins with a space is met by what the reader sees, and `ignore_eos` makes no text of
+    the end, which the grammar asked for."""
     tokenizer = byte_fallback()
     space, x = token_id(tokenizer, "▁"), token_id(tokenizer, "x")
     free, held = (

@@ -12,7 +12,9 @@ from llmboost_api.protocol.request import Neutral, RequestModel, always, never, 
 from llmboost_api.protocol.translate import shown
 
 LONGEST = 128 * 1024
-"""Characters of a schema, pattern or grammar. OpenAI's schemas may have 120,000."""
+"""Characters of a schema, or of all choices. OpenAI's schemas may have 120,000."""
+LONGEST_PATTERN = 16 * 1024
+"""Characters of a pattern or a grammar, to compile which takes more time."""
 
 
 def _schema(value: Any) -> dict[str, Any]:
@@ -49,13 +51,13 @@ def _text(value: Any) -> str:
         raise problem("invalid_type", f"must be a string, not {shown(value)}.")
     if not value:
         raise problem("invalid_value", "is an empty string: give it a value or leave it out.")
-    _check_size(len(value))
+    _check_size(len(value), LONGEST_PATTERN)
     return value
 
 
-def _check_size(size: int) -> None:
-    if size > LONGEST:
-        raise problem("invalid_value", f"has {size} characters; at most {LONGEST} are allowed.")
+def _check_size(size: int, limit: int = LONGEST) -> None:
+    if size > limit:
+        raise problem("invalid_value", f"has {size} characters; at most {limit} are allowed.")
 
 
 Schema = Annotated[dict[str, Any], BeforeValidator(_schema)]

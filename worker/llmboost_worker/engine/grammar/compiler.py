@@ -1,6 +1,7 @@
 """From what a client sends to a grammar for a model's tokens: bounded in time and memory, and kept."""
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
@@ -22,6 +23,9 @@ KEPT = 64
 """Compiled grammars, the last ones used. Most take a few kilobytes, and none more than some 80 MB."""
 THREADS = 2
 """That compile: one slow grammar doesn't hold up all others."""
+STACK = 256 << 20
+"""Bytes of address space for each of them. The library follows references and rules by recursion: in 8 MB, the
+usual size, a chain of 1,000 `$ref`s ended the process."""
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=300_000,
@@ -77,7 +81,7 @@ class Grammars:
         self._end_ids = tuple(end_ids)
         self._vocabulary: Vocabulary | None = None
         self._loading = threading.Lock()
-        self._pool = ThreadPoolExecutor(THREADS, "llmboost-grammar")
+        self._pool = _deep_pool()
         self._kept: OrderedDict[tuple[GrammarKind, str], Future[Compiled]] = OrderedDict()
         """Failures too."""
         self._lock = threading.Lock()
@@ -129,6 +133,19 @@ class Grammars:
             return self._vocabulary
 
 
+def _deep_pool() -> ThreadPoolExecutor:
+    """Its threads have room for `STACK`."""
+    before = threading.stack_size(STACK)
+    try:
+        pool = ThreadPoolExecutor(THREADS, "llmboost-grammar")
+        all_there = threading.Barrier(THREADS)
+        for _ in range(THREADS):
+            pool.submit(all_there.wait)  # each makes a thread, since the others are busy
+    finally:
+        threading.stack_size(before)
+    return pool
+
+
 def _source(grammar: Grammar) -> str:
     """In the library's words."""
     match grammar.kind:
@@ -146,6 +163,8 @@ def _source(grammar: Grammar) -> str:
             choices = " | ".join(json.dumps(choice) for choice in json.loads(grammar.value))
             return _lark(f"start: CHOICE\nCHOICE: {choices}")
         case "grammar":
+            if directive := re.search(r"%(json|lark|llguidance|regex)\b", grammar.value):
+                raise GrammarError(f"has {directive[0]}, which this server doesn't take: write it as rules.")
             try:
                 return _lark(any_to_lark(grammar.value))
             except Exception as error:  # of its own parser, in many kinds
