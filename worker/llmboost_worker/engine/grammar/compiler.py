@@ -24,8 +24,8 @@ KEPT = 64
 THREADS = 2
 """That compile: one slow grammar doesn't hold up all others."""
 STACK = 256 << 20
-"""Bytes of address space for each of them. The library follows references and rules by recursion: in 8 MB, the
-usual size, a chain of 1,000 `$ref`s ended the process."""
+"""Bytes of address space for each of them. The library follows references and rules by recursion: in 8 MB,
+as is usual, a chain of 1,000 references ended the process."""
 
 LIMITS = LLParserLimits(
     initial_lexer_fuel=300_000,

@@ -84,7 +84,7 @@ class Matcher:
                 self.mask &= ~self._vocabulary.blank_first
 
     def _fail(self, error: str) -> None:
-        self.error = error.splitlines()[0]
+        self.error = error.partition("\n")[0] or "it is too complex"
         self.mask[:] = 0
         self.must_end = False
 
