@@ -5,13 +5,15 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+VLLM_VENV := .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.ready
 # Test processes at a time. Most tests wait for processes of their own; more would only make these slow.
 # A module's tests stay together (loadscope), so that the system they share is started once.
 JOBS ?= 2
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help venv serve test soak mutation check format docs demo-model clean
+.PHONY: help venv serve test test-vllm soak mutation check format docs demo-model clean
 
 help:  ## This list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 13
@@ -38,6 +40,18 @@ serve: venv  ## Serve the demo model on port 8011; another: make serve ARGS="MOD
 test: venv  ## Run the tests; some of them: make test ARGS="-k name"
 	@exec $(BIN)/python -m pytest -n $(JOBS) --dist loadscope $(ARGS)
 
+# Both engines run the tests of what every engine promises.
+test-vllm: $(VLLM_READY)  ## Run the tests of the vLLM engine, on a CPU, in an environment of their own
+	@exec $(VLLM_VENV)/bin/python -m pytest tests/vllm tests/unit/test_engine_contract.py \
+	  tests/unit/test_engine_resume.py $(ARGS)
+
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	@$(VLLM_VENV)/bin/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VLLM_VENV)
+	@echo "Setting up $(VLLM_VENV); the first time, this takes some minutes" >&2
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r constraints-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
 soak: venv  ## Random faults under load for 10 minutes; shorter: make soak ARGS="--minutes 2"
 	@exec $(BIN)/python -m tests.faults.soak $(ARGS)
 
@@ -59,6 +73,6 @@ docs: venv  ## Write docs/settings.md from the settings
 demo-model: venv  ## Train the demo model (under an hour on two cores)
 	@exec $(BIN)/python -m demo.train $(ARGS)
 
-clean:  ## Remove .venv and all caches
-	rm -rf $(VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean:  ## Remove .venv, .venv-vllm and all caches
+	rm -rf $(VENV) $(VLLM_VENV) build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -22,6 +22,15 @@ def scripted_token(request: SequenceRequest, position: int, vocabulary: list[int
     return vocabulary[int.from_bytes(hashlib.sha256(key).digest()[:4]) % len(vocabulary)]
 
 
+def prompt_score(request: SequenceRequest, position: int) -> TokenLogprobs | None:
+    """Of the prompt's token at a position: minus that position."""
+    if position == 0:
+        return None
+    token = request.prompt_ids[position]
+    top = ((token, -float(position)),) * min(1, request.sampling.prompt_logprobs or 0)
+    return TokenLogprobs(-float(position), top)
+
+
 class ScriptedEngine(Engine):
     """Draws from `vocabulary` by `scripted_token`, or from `script` if the test gives one."""
 
@@ -91,6 +100,11 @@ class ScriptedEngine(Engine):
     def _advance(self, request: SequenceRequest, output_ids: list[int]) -> SequenceOutput:
         if request.id in self.failing:
             return SequenceOutput(request.id, [], finish_reason="error", error="scripted failure")
+        scores = None
+        if request.sampling.prompt_logprobs is not None and not output_ids:
+            scores = [prompt_score(request, position) for position in range(len(request.prompt_ids))]
+        if request.max_tokens == 0:
+            return SequenceOutput(request.id, [], None, "length", prompt_logprobs=scores)
         token = self.script(request, len(output_ids))
         output_ids.append(token)
         finish = None
@@ -101,7 +115,7 @@ class ScriptedEngine(Engine):
         logprobs = None
         if request.sampling.top_logprobs is not None:
             logprobs = [TokenLogprobs(-0.5, ((token, -0.5),) * min(1, request.sampling.top_logprobs))]
-        return SequenceOutput(request.id, [token], logprobs, finish)
+        return SequenceOutput(request.id, [token], logprobs, finish, prompt_logprobs=scores)
 
     def stats(self) -> EngineStats:
         return EngineStats(len(self.sequences), 0, self._steps, 0, 0)

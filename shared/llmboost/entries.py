@@ -37,10 +37,13 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """One token's logprob and its likeliest alternatives, best first."""
 
     token: str
-    logprob: float
+    logprob: float | None
+    """None: of a prompt's first token, which follows nothing."""
     bytes: list[int] | None = None
     """UTF-8 bytes; a token may be part of a character."""
     top: "tuple[TokenLogprob, ...]" = ()
+    width: int | None = None
+    """Characters that it adds to the text; None: those of `token`."""
 
 
 class ChoiceDelta(msgspec.Struct, frozen=True, array_like=True):
@@ -54,6 +57,7 @@ class ChoiceDelta(msgspec.Struct, frozen=True, array_like=True):
     """Whole characters that the client may see; may be empty while ids are not."""
     finish_reason: str | None = None
     logprobs: list[TokenLogprob] | None = None
+    """Of `token_ids`; with the prompt's text, of the prompt's tokens."""
 
 
 class Queued(msgspec.Struct, frozen=True, array_like=True, tag="queued"):

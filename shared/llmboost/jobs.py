@@ -29,8 +29,8 @@ class Grammar(msgspec.Struct, frozen=True, array_like=True):
     kind: GrammarKind
     value: str = ""
     """json: nothing, any object will do. json_schema: the schema, as JSON. regex: a pattern of the whole
-    output. choice: a JSON list of strings, one of which is the output. grammar: a context-free one, in GBNF or
-    Lark."""
+    output. choice: a JSON list of strings, one of which is the output. grammar: a context-free one, in GBNF
+    or Lark."""
     param: str = ""
     """What the client calls it; errors name it."""
 

@@ -16,7 +16,8 @@ class PlacementError(Exception):
 def placements(settings: ServeSettings) -> list[dict[str, str]]:
     """Environment variables for each of the `dp` workers.
 
-    On GPUs each gets `tp` of its own. With fewer GPUs than workers they share, unless `tp` is above 1.
+    On GPUs each gets `tp` times `pp` of its own. With fewer GPUs than workers they share, unless that is
+    above 1.
 
     Raises:
         PlacementError: one model needs more GPUs than there are.
@@ -27,13 +28,15 @@ def placements(settings: ServeSettings) -> list[dict[str, str]]:
             environment["LLMBOOST_THREADS"] = str(max(1, available_cores() // settings.dp))
     available = gpus() if settings.device in ("auto", "cuda") else []
     if available:
-        if settings.tp > 1 and settings.dp * settings.tp > len(available):
+        each = settings.tp * settings.pp
+        if each > 1 and settings.dp * each > len(available):
+            stages = f" times --pp {settings.pp}" if settings.pp > 1 else ""
             raise PlacementError(
-                f"--dp {settings.dp} times --tp {settings.tp} needs {settings.dp * settings.tp} GPUs, "
+                f"--dp {settings.dp} times --tp {settings.tp}{stages} needs {settings.dp * each} GPUs, "
                 f"but there are {len(available)}"
             )
         for index, environment in enumerate(environments):
-            mine = (available[(index * settings.tp + k) % len(available)] for k in range(settings.tp))
+            mine = (available[(index * each + k) % len(available)] for k in range(each))
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
     return environments
 

@@ -44,6 +44,13 @@ class WorkerCard(msgspec.Struct, frozen=True):
     """Computed since it began, those included that were dropped."""
     evictions: int = 0
     """Batch jobs that have given way to an interactive one."""
+    prompt_tokens: int = 0
+    """Computed, too."""
+    cached_tokens: int = 0
+    """Of prompts, found in the prefix cache instead of being computed."""
+    blocks_used: int = 0
+    """Of the key/value cache, in use by sequences."""
+    blocks_total: int = 0
 
 
 _ANNOUNCE = Script(

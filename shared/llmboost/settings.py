@@ -5,6 +5,7 @@ A flag `--lease` is the environment variable `LLMBOOST_LEASE` is the field `leas
 
 import base64
 import binascii
+import json
 import os
 from pathlib import Path
 from typing import Annotated, Literal
@@ -105,6 +106,18 @@ def _redis_url(value: str) -> str:
 
 
 RedisUrl = Annotated[str, AfterValidator(_redis_url)]
+
+
+def _json_object(value: str) -> str:
+    if not isinstance(
+        json.loads(value), dict
+    ):  # what is no JSON at all raises ValueError, in words of its own
+        raise ValueError('must be a JSON object, such as {"enforce_eager": true}')
+    return value
+
+
+JsonObject = Annotated[str, AfterValidator(_json_object)]
+"""As text, which a variable and a flag can hold."""
 
 
 class CommonSettings(BaseSettings):
@@ -217,29 +230,50 @@ class WorkerSettings(CommonSettings):
         (),
         description="Names by which clients ask for the model, instead of its own; separated by commas.",
     )
-    engine: Literal["transformers"] = Field("transformers", description="What runs the model.")
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers",
+        description="What runs the model; vllm must be installed. Workers of both may share a queue.",
+    )
     revision: str | None = Field(None, description="Branch, tag or commit of a model from the hub.")
     trust_remote_code: bool = Field(False, description="Run code that comes with a model from the hub.")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
-        description="Precision of weights and cache; auto: float32 on a CPU, the checkpoint's own on a GPU.",
+        description="Precision of weights and cache; auto: the checkpoint's own on a GPU; on a CPU float32, "
+        "or bfloat16 for a checkpoint in it if the processor multiplies that (AMX, AVX512_BF16).",
+    )
+    quantization: Literal["none", "int8"] = Field(
+        "none", description="int8: keep weights in 8 bits; what is computed with them stays in --dtype."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
     threads: NonNegativeInt = Field(
         0, description="CPU threads per worker; 0: the available cores, shared among the workers of `serve`."
     )
     tp: PositiveInt = Field(1, description="GPUs over which one model is split.")
+    pp: PositiveInt = Field(
+        1, description="Stages into which a model's layers are split, each on --tp GPUs; with vllm."
+    )
     max_model_len: PositiveInt | None = Field(
         None, description="Longest prompt and output together, in tokens; default: the model's own limit."
     )
     kv_cache_memory: PositiveFloat | None = Field(
         None,
-        description="GiB for keys and values; default: half of the free memory on a CPU, 0.9 of it on a GPU.",
+        description="GiB for keys and values; default: half of the free memory on a CPU, 0.9 of it on a GPU, "
+        "but no more than --max-num-seqs sequences of full length need.",
     )
     max_num_seqs: PositiveInt = Field(256, description="Sequences in one batch.")
     max_num_batched_tokens: PositiveInt = Field(2048, description="Tokens in one step, prefill included.")
     enable_chunked_prefill: bool = Field(
-        True, description="Split long prompts over several steps, so that running streams don't stall."
+        True, description="Split prompts over several steps, as small as running streams need not to stall."
+    )
+    enable_prefix_caching: bool = Field(
+        True,
+        description="Keep what was computed for requests that begin alike, such as the next turn of a "
+        "conversation, until its memory is needed.",
+    )
+    vllm_options: JsonObject = Field(
+        "{}",
+        description="Further arguments of vLLM's engine, as a JSON object: "
+        '{"gpu_memory_utilization": 0.8, "enforce_eager": true}.',
     )
     lease: Annotated[float, Field(ge=0.2)] = Field(
         3.0, description="Seconds after which a dead worker's jobs go to another."

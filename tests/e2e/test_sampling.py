@@ -65,7 +65,8 @@ def requests() -> list[dict[str, Any]]:
 
 
 def essence(answer: dict[str, Any]) -> dict[str, Any]:
-    """What must not depend on the batch: all but the id, the time, and the last digits of logprobs."""
+    """What must not depend on the batch: all but the id, the time, the last digits of logprobs, and what was
+    cached."""
     choices = []
     for choice in answer["choices"]:
         logprobs = choice.pop("logprobs")
@@ -76,6 +77,7 @@ def essence(answer: dict[str, Any]) -> dict[str, Any]:
             values = [round(logprob, 2) for logprob in logprobs["token_logprobs"]]
             tokens = list(zip(logprobs["tokens"], values, strict=True))
         choices.append({**choice, "tokens": tokens})
+    answer["usage"].pop("prompt_tokens_details")
     return {"choices": choices, "usage": answer["usage"], "object": answer["object"]}
 
 
@@ -290,6 +292,35 @@ async def test_echo(system: System, stream: bool) -> None:
         ids = await ask(http, completion([400, 500, 600], echo=True, max_tokens=0))
         assert (ids["usage"]["prompt_tokens"], ids["usage"]["completion_tokens"]) == (3, 0)
         assert (await answer(prompt=[400, 500, 600], echo=True)).startswith(text_of(ids))
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 12])
+async def test_logprobs_of_an_echo(system: System, max_tokens: int) -> None:
+    """Of prompt and completion alike, whole and streamed, as evaluation harnesses ask for them: each prompt's
+    first has none, and what a text is generated with is what it is read with."""
+    text = "Once upon a time, a 日本 😀"
+    body = completion(seed=1, max_tokens=max_tokens, ignore_eos=True, echo=True, logprobs=2, n=2)
+    async with system.async_http() as http, system.async_openai() as client:
+        answer = await ask(http, {**body, "prompt": [text, [400, 500, 600]]})
+        streamed = await hear(client, {**body, "prompt": text, "n": 1})
+        again = await ask(http, {**body, "prompt": answer["choices"][0]["text"], "n": 1, "max_tokens": 0})
+    assert answer["usage"]["completion_tokens"] == 4 * max_tokens
+    for choice in answer["choices"]:
+        logprobs = choice["logprobs"]
+        assert logprobs["token_logprobs"][0] is logprobs["top_logprobs"][0] is None
+        assert all(each <= 0 for each in logprobs["token_logprobs"][1:])
+        assert {len(part) for part in logprobs.values()} == {len(logprobs["tokens"])}
+        for token, at in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
+            if "\ufffd" not in token and not token.startswith("<|"):
+                assert choice["text"][at : at + len(token)] == token
+    first = answer["choices"][0]
+    assert first["text"].startswith(text)
+    assert streamed.text == first["text"]
+    read = again["choices"][0]["logprobs"]
+    if read["tokens"] == first["logprobs"]["tokens"]:  # or its tokenizer cuts the text elsewhere
+        assert read["token_logprobs"][1:] == pytest.approx(first["logprobs"]["token_logprobs"][1:], abs=1e-3)
+    elif max_tokens == 0:
+        raise AssertionError("the same text")
 
 
 async def test_several_prompts(system: System) -> None:

@@ -7,7 +7,7 @@ import openai
 import pytest
 from arq.connections import ArqRedis
 
-from llmboost.entries import TokenLogprob
+from llmboost.entries import ChoiceDelta, Delta, TokenLogprob
 from llmboost.jobs import GenerationJob, Prompt
 from llmboost.streams import TokenStreams
 
@@ -132,6 +132,56 @@ async def test_logprobs_are_flat(pod: RunningPod, worker: ScriptedWorker) -> Non
     offsets = [frame.json["choices"][0]["logprobs"] for frame in frames[:-1]]
     assert [each and each["text_offset"] for each in offsets] == [[0], [2], None]
     assert worker.jobs[0].sampling.top_logprobs == 2
+
+
+async def test_logprobs_of_an_echo_begin_with_the_prompts(pod: RunningPod, worker: ScriptedWorker) -> None:
+    """The first token follows nothing. One that is no part of the text moves nothing on, nor does part of a
+    character."""
+    prompt = [
+        TokenLogprob("<s>", None, None, (), 0),
+        TokenLogprob("Say", -1.0, None, (TokenLogprob("See", -0.5),), 3),
+        TokenLogprob("\ufffd", -2.0, [0xC3], (), 0),
+        TokenLogprob("\ufffd", -3.0, [0xA9], (), 1),
+    ]
+    output = [TokenLogprob("He", -0.5), TokenLogprob("llo", float("-inf"))]
+
+    def script(job: GenerationJob) -> list[Any]:
+        opening = Delta([ChoiceDelta(0, 0, [], "Sayé", None, prompt)])
+        return [opening, *says(["He", "llo"], logprobs=output), ends(2)]
+
+    worker.script = script
+    body = asks("Sayé", echo=True, logprobs=1)
+    response = await pod.http.post("/v1/completions", json=body)
+    choice = response.json()["choices"][0]
+    assert choice["text"] == "SayéHello"
+    assert choice["logprobs"] == {
+        "tokens": ["<s>", "Say", "\ufffd", "\ufffd", "He", "llo"],
+        "token_logprobs": [None, -1.0, -2.0, -3.0, -0.5, -9999.0],
+        "top_logprobs": [
+            None,
+            {"See": -0.5, "Say": -1.0},
+            {"\ufffd": -2.0},
+            {"\ufffd": -3.0},
+            {"He": -0.5},
+            {"llo": -9999.0},
+        ],
+        "text_offset": [0, 0, 3, 3, 4, 6],
+    }
+    sampling = worker.jobs[0].sampling
+    assert (sampling.top_logprobs, sampling.prompt_logprobs) == (1, 1)
+    frames = await pod.stream("/v1/completions", {**body, "stream": True})
+    parts = [frame.json["choices"][0]["logprobs"] for frame in frames[:-1]]
+    for name, values in choice["logprobs"].items():
+        assert [value for part in parts if part for value in part[name]] == values
+    assert (await pod.openai.completions.create(**body)).choices[0].logprobs is not None
+
+
+async def test_only_with_both_are_the_prompts_logprobs_computed(
+    pod: RunningPod, worker: ScriptedWorker
+) -> None:
+    for fields in ({"logprobs": 1}, {"echo": True}):
+        await pod.http.post("/v1/completions", json=asks("Say", **fields))
+    assert [job.sampling.prompt_logprobs for job in worker.jobs] == [None, None]
 
 
 async def test_echo_is_the_workers_to_do(pod: RunningPod, worker: ScriptedWorker) -> None:

@@ -1,6 +1,7 @@
 """One job in a worker's hands, without the worker around it."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from arq.connections import ArqRedis
@@ -8,8 +9,10 @@ from arq.connections import ArqRedis
 from llmboost.entries import ChoiceDelta, Delta, Terminal
 from llmboost.queue import JobQueue
 from llmboost.streams import StreamFenced, TokenStreams, Transcript, Writer, append_to
+from llmboost_worker.engine.interface import SequenceOutput, SequenceRequest
 from llmboost_worker.generation import Generator
 from llmboost_worker.publisher import Outbox, Publisher
+from llmboost_worker.text import encode_prompt
 from tests.engines import ScriptedEngine
 from tests.jobs import make_job
 from tests.unit.text_tokenizers import byte_level
@@ -114,3 +117,99 @@ async def test_a_request_dropped_while_its_last_reply_is_in_doubt_harms_no_other
     running.cancel()
     for job in jobs:
         await queue.cancel(job.id, Terminal("test"))
+
+
+@pytest.mark.parametrize("max_tokens", [0, 3])
+@pytest.mark.parametrize("written", [0, 1])
+async def test_the_prompts_logprobs_are_in_the_stream_once_whoever_writes_them(
+    redis: ArqRedis, queue: JobQueue, streams: TokenStreams, max_tokens: int, written: int
+) -> None:
+    """They go out with a choice's first token, in one entry. An attempt that ended before leaves them to the
+    next; one that ended later has the next compute none."""
+    tokenizer = byte_level()
+    engine = ScriptedEngine([70, 71, 72])
+    job = make_job(
+        "so", n=2, max_tokens=max_tokens, echo=True, top_logprobs=1, prompt_logprobs=1, needs_audience=False
+    )
+    await queue.submit(job)
+    asked: list[int] = []
+    for attempt in (1, 2):
+        publisher = Publisher(redis, streams)
+        generator = Generator(engine, engine.info, tokenizer, streams, publisher, "worker")
+        engine.start(generator.deliver, lambda error: None)
+        run = asyncio.create_task(generator.run(job, attempt))
+        sending = asyncio.create_task(publisher.run())
+        await wait_until(lambda run=run: engine.sequences or run.done())
+        sampling = [request.sampling.prompt_logprobs for request, _ in engine.sequences.values()]
+        asked.append(sum(each is not None for each in sampling))
+        if attempt == 1:
+            if written:
+                engine.step()
+                outbox = generator.running[job.id].outbox
+                await asyncio.wait_for(outbox.empty.wait(), 10)
+            generator.end(job.id, StreamFenced("the lease was lost"))
+        while not run.done():
+            engine.step()
+            await asyncio.sleep(0)
+        await run
+        sending.cancel()
+    log = Transcript()
+    entries = await streams.read(job.id)
+    for entry_id, entry in entries:
+        log.apply(entry_id, entry)
+    assert log.terminal is not None
+    assert log.terminal.error is None
+    assert asked == ([2, 0] if written else [2, 2])
+    prompt_ids = encode_prompt(tokenizer, job.prompt)
+    deltas = [each for _, entry in entries if isinstance(entry, Delta) for each in entry.choices]
+    for index in range(2):
+        of_choice = [delta for delta in deltas if delta.index == index]
+        assert "".join(delta.text for delta in of_choice).startswith("so")
+        logprobs = [each for delta in of_choice for each in delta.logprobs or ()]
+        assert len(logprobs) == len(prompt_ids) + max_tokens
+        of_prompt = logprobs[: len(prompt_ids)]
+        assert [each.logprob for each in of_prompt] == [None, *(-float(i) for i in range(1, len(prompt_ids)))]
+        assert of_prompt[0].width == 0, "the token that begins a text is no part of it"
+        assert sum(each.width or 0 for each in of_prompt) == len("so")
+        assert len(log.choices[index].token_ids) == max_tokens
+    await queue.discard(job.id)
+
+
+async def test_what_was_cached_of_a_prompt_counts_once(
+    redis: ArqRedis, queue: JobQueue, streams: TokenStreams
+) -> None:
+    """As the first choice found it: those after it find what that one has computed. An attempt that goes on
+    after another, of which the first choice was complete, says what the next one found."""
+
+    class Caching(ScriptedEngine):
+        def _advance(self, request: SequenceRequest, output_ids: list[int]) -> SequenceOutput:
+            found = 3 + request.choice if len(output_ids) == len(request.output_ids) else 0
+            return replace(super()._advance(request, output_ids), cached_tokens=found)
+
+    async def cached_tokens(log: list[ChoiceDelta]) -> int:
+        engine = Caching([70])
+        publisher = Publisher(redis, streams)
+        generator = Generator(engine, engine.info, byte_level(), streams, publisher, "worker")
+        job = make_job(max_tokens=2, n=3, needs_audience=False)
+        await queue.submit(job)
+        if log:
+            await streams.begin(Writer(job.id, 1), "worker")
+            pipe = redis.pipeline(transaction=False)
+            append_to(pipe, job.id, "1-1", Delta(log))
+            await pipe.execute()
+        engine.start(generator.deliver, lambda error: None)
+        sending = asyncio.create_task(publisher.run())
+        attempt = asyncio.create_task(generator.run(job, 2))
+        await wait_until(lambda: engine.sequences)
+        while engine.step():
+            pass
+        await asyncio.wait_for(attempt, 10)
+        sending.cancel()
+        _, terminal = (await streams.read(job.id))[-1]
+        assert isinstance(terminal, Terminal)
+        assert terminal.usage is not None
+        await queue.discard(job.id)
+        return terminal.usage.cached_tokens
+
+    assert await cached_tokens([]) == 3
+    assert await cached_tokens([ChoiceDelta(0, 0, [70, 70], "aa", "length")]) == 4

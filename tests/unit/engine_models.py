@@ -9,75 +9,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    Gemma2Config,
-    GPT2Config,
-    LlamaConfig,
-    MistralConfig,
-    MixtralConfig,
-    PhiConfig,
-    PreTrainedConfig,
-    Qwen2Config,
-    Qwen3Config,
-)
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedConfig
 
 from llmboost.jobs import SamplingParams
-from llmboost_worker.engine.interface import EngineInfo, SequenceOutput, SequenceRequest, StepOutput
+from llmboost_worker.engine.interface import (
+    Engine,
+    EngineInfo,
+    SequenceOutput,
+    SequenceRequest,
+    StepOutput,
+)
 from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
+from tests.unit.engine_configs import COMMON, CONFIGS, EOS, PAD, VOCAB
+
+__all__ = ["COMMON", "CONFIGS", "EOS", "PAD", "VOCAB"]
 
 torch.set_num_threads(1)  # the models are too small to gain from more, and the machine may be busy
 
-VOCAB = 300
-PAD, EOS = 0, 2
 TIMEOUT = 60.0
 
-COMMON: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 512,
-    # Random weights of the usual spread give near-flat logits, where rounding decides the argmax.
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": EOS,
-    "pad_token_id": PAD,
-    "tie_word_embeddings": False,
-}
-GPT2_COMMON = {
-    "vocab_size": VOCAB,
-    "n_embd": 64,
-    "n_layer": 3,
-    "n_head": 4,
-    "n_positions": 512,
-    "initializer_range": 0.3,
-    "bos_token_id": 1,
-    "eos_token_id": EOS,
-    "tie_word_embeddings": False,
-}
 
-CONFIGS: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**COMMON),
-    "qwen2": Qwen2Config(**COMMON),
-    "qwen2-window": Qwen2Config(**COMMON, use_sliding_window=True, sliding_window=9, max_window_layers=1),
-    "qwen3": Qwen3Config(**COMMON, head_dim=16),
-    "mistral": MistralConfig(**COMMON, sliding_window=8),
-    "gemma2": Gemma2Config(
-        **COMMON, head_dim=16, sliding_window=8, attn_logit_softcapping=20.0, query_pre_attn_scalar=16
-    ),
-    "phi": PhiConfig(**COMMON),
-    "gpt2": GPT2Config(**GPT2_COMMON),
-    "mixtral": MixtralConfig(**COMMON, num_local_experts=4, sliding_window=None),
-}
+def save_model(config: PreTrainedConfig, folder: Path, seed: int = 0, spread: float = 0.0) -> Path:
+    """A random model of that configuration; the same each time.
 
-
-def save_model(config: PreTrainedConfig, folder: Path, seed: int = 0) -> Path:
-    """A random model of that configuration; the same each time."""
+    Biases, norms and sinks are born as zeros and ones; `spread` is the deviation of noise added to them.
+    """
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    text = type(config) in AutoModelForCausalLM._model_mapping
+    model = (AutoModelForCausalLM if text else AutoModelForMultimodalLM).from_config(config)
+    with torch.no_grad():
+        for vector in model.parameters():
+            if vector.ndim < 2 and spread:
+                vector += spread * torch.randn_like(vector)
     model.save_pretrained(folder)
     return folder
 
@@ -114,12 +77,16 @@ class Collected:
     logprobs: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
+    is_refused: bool = False
+    prompt_logprobs: list[Any] | None = None
+    prompt_logprobs_came: int = 0
+    cached_tokens: int = field(default=0, compare=False)
 
 
 class Driver:
     """An engine, and all of its output by sequence."""
 
-    def __init__(self, engine: TransformersEngine) -> None:
+    def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.changed = threading.Condition()
         self.sequences: dict[str, Collected] = {}
@@ -139,6 +106,11 @@ class Driver:
         sequence.logprobs += output.logprobs or []
         sequence.finish_reason = output.finish_reason
         sequence.error = output.error
+        sequence.is_refused = output.is_refused
+        if output.prompt_logprobs is not None:
+            sequence.prompt_logprobs = output.prompt_logprobs
+            sequence.prompt_logprobs_came += 1
+        sequence.cached_tokens += output.cached_tokens
 
     def _on_failure(self, error: BaseException) -> None:
         with self.changed:

@@ -218,7 +218,6 @@ COMPLETION_PROBLEMS: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": None}, "prompt", "missing"),
     ({"prompt": ["a"] * 65, "n": 2}, "prompt", "65 prompts"),
     ({"max_tokens": 0}, "max_tokens", "'echo'"),
-    ({"logprobs": 1, "echo": True}, "logprobs", "'echo'"),
     ({"logprobs": True}, "logprobs", "an integer"),
     ({"logprobs": 21}, "logprobs", "at most 20"),
     ({"best_of": 2}, "best_of", "'n' is 1"),

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmboost_worker.engine.interface import EngineError, SequenceRequest
 from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
+from llmboost_worker.engine.transformers.pace import UNBOUNDED, Pace
 from llmboost_worker.engine.transformers.runner import ModelRunner
 from tests.unit.engine_models import CONFIGS, TIMEOUT, VOCAB, Driver, driving, prompt, request, save_model
 
@@ -71,6 +72,7 @@ def test_others_get_tokens_while_a_long_prompt_is_computed(folder: Path) -> None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("llmboost_worker.engine.transformers.core.ModelRunner", Recorder)
+        patch.setattr(Pace, "tokens", lambda *arguments: UNBOUNDED)
         with driving(folder, max_num_batched_tokens=32, max_num_seqs=4) as driver:
             driver.engine.add([sound("short", **LONG)])
             driver.wait(started(driver, "short"))
@@ -154,18 +156,14 @@ def test_bad_requests_fail_alone_each_with_its_reason(driver: Driver) -> None:
     assert (stats.running, stats.waiting) == (0, 0)
 
 
-def test_nan_left_in_a_slot_does_not_reach_its_next_owner(driver: Driver) -> None:
-    """The next owners are shorter than a neighbour, so what is in their slots beyond their tokens is read."""
+def test_nan_left_in_a_block_does_not_reach_its_next_owner(driver: Driver) -> None:
+    """The next owners are shorter than a neighbour, so what their blocks hold beyond their tokens is read."""
     good = [sound(f"good-{i}") for i in range(5)]
     neighbour = request("neighbour", prompt(105), max_tokens=20, logit_bias={POISON: -1000})
     alone = driver.run(*good, neighbour)
     poisoned = [request(f"poisoned-{i}", [*prompt(100), POISON]) for i in range(6)]
-    # Keeps the slab from being given back between the batches.
-    driver.engine.add([sound("holder", **LONG)])
-    driver.wait(started(driver, "holder"))
     assert [result.finish_reason for result in driver.run(*poisoned)] == ["error"] * 6
     assert driver.run(*good, neighbour) == alone
-    assert not driver.finished("holder")
 
 
 @pytest.mark.parametrize("culprits", [1, 3])
@@ -175,10 +173,10 @@ def test_a_step_that_throws_fails_only_the_culprits(
     alone = driver.run_one(sound("alone")).token_ids
     forward = ModelRunner.forward
 
-    def failing(self: ModelRunner, batch: Any) -> Any:
+    def failing(self: ModelRunner, batch: Any, layout: Any) -> Any:
         if any("culprit" in sequence.id and sequence.num_output > 2 for sequence in batch):
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return forward(self, batch)
+        return forward(self, batch, layout)
 
     monkeypatch.setattr(ModelRunner, "forward", failing)
     bad = [sound(f"culprit-{i}") for i in range(culprits)]
@@ -191,7 +189,7 @@ def test_a_step_that_throws_fails_only_the_culprits(
 
 
 def test_when_memory_is_short_sequences_give_way_and_lose_nothing(folder: Path) -> None:
-    """Room for four short slots or one of full length, and eight sequences that outgrow theirs."""
+    """Room for one sequence of full length, or four of these eight at their end."""
     requests = [
         request(
             f"{i}",
@@ -206,7 +204,7 @@ def test_when_memory_is_short_sequences_give_way_and_lose_nothing(folder: Path) 
     ]
     with driving(folder, max_num_batched_tokens=64, max_num_seqs=8) as driver:
         alone = [driver.run_one(one).token_ids for one in requests]
-    little = 520 * PER_TOKEN / 2**30
+    little = (512 + 16) * PER_TOKEN / 2**30
     with driving(folder, max_num_batched_tokens=64, max_num_seqs=8, kv_cache_memory=little) as driver:
         results = driver.run(*requests)
         computed = driver.engine.stats().prompt_tokens
@@ -215,10 +213,12 @@ def test_when_memory_is_short_sequences_give_way_and_lose_nothing(folder: Path) 
 
 
 def test_counters_add_up(driver: Driver) -> None:
+    """Of six prompts that share a block, one computes it."""
     driver.run(*(sound(f"{i}", max_tokens=10, ignore_eos=True) for i in range(6)))
     stats = driver.engine.stats()
-    assert (stats.prompt_tokens, stats.output_tokens) == (6 * 20, 60)
-    assert 10 <= stats.steps <= 13
+    assert (stats.prompt_tokens, stats.cached_tokens, stats.output_tokens) == (20 + 5 * 4, 5 * 16, 60)
+    assert 10 <= stats.steps <= 40
+    assert (stats.blocks_used, stats.blocks_total) == (0, 8 * 512 // 16)
 
 
 def test_added_sequences_count_as_waiting_at_once(folder: Path) -> None:
@@ -267,22 +267,6 @@ def test_an_idle_engine_sleeps_on_its_inbox(driver: Driver) -> None:
     driver.run_one(sound("second"))
 
 
-def test_an_idle_engine_holds_no_cache(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    caches: list[Any] = []
-    from llmboost_worker.engine.transformers.cache import SlotCache
-
-    class Recorded(SlotCache):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            caches.append(self)
-
-    monkeypatch.setattr("llmboost_worker.engine.transformers.core.SlotCache", Recorded)
-    with driving(folder) as driver:
-        driver.run(*(sound(f"{i}") for i in range(8)))
-        driver.wait_until(lambda: caches[0].bytes_reserved == 0)
-        assert caches[0].num_slots == 0
-
-
 def test_close_ends_the_thread_in_the_middle_of_work_and_twice(folder: Path) -> None:
     with driving(folder) as driver:
         driver.engine.add([sound("long", **LONG)])
@@ -300,7 +284,7 @@ def test_an_engine_that_breaks_says_so_once(folder: Path, monkeypatch: pytest.Mo
     """A lost device, say. Afterwards it takes nothing on."""
     with driving(folder) as driver:
 
-        def lost(self: ModelRunner, batch: Any) -> Any:
+        def lost(self: ModelRunner, batch: Any, layout: Any) -> Any:
             raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered")
 
         monkeypatch.setattr(ModelRunner, "forward", lost)

@@ -4,47 +4,55 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
 
-from tests.unit.engine_models import CONFIGS, EOS, PAD, driving, prompt, request, save_model
+from tests.unit.engine_configs import CONFIGS, EOS, FAMILIES, PAD
+from tests.unit.engine_models import driving, prompt, request, save_model
 
-LENGTHS = [
-    1,
-    2,
-    3,
-    5,
-    7,
-    8,
-    9,
-    12,
-    15,
-    16,
-    17,
-    20,
-    23,
-    29,
-    31,
-    33,
-    40,
-    47,
-    50,
-    55,
-    60,
-    64,
-    65,
-    70,
-    77,
-    90,
-    100,
+PROMPTS = [
+    prompt(length)
+    for length in [
+        *(
+            1,
+            2,
+            3,
+            5,
+            7,
+            8,
+            9,
+            12,
+            15,
+            16,
+            17,
+            20,
+            23,
+            29,
+            31,
+            33,
+            40,
+            47,
+            50,
+            55,
+            60,
+            64,
+            65,
+            70,
+            77,
+            90,
+            100,
+        ),
+        *(120, 127, 130, 150, 200),
+    ]
 ]
-PROMPTS = [prompt(length) for length in [*LENGTHS, 120, 127, 130, 150, 200]]
+FEW = [prompt(length) for length in (1, 7, 16, 30, 65, 130)]
 
 
 def generate(folder: Path, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:
     """By transformers, as one left-padded batch."""
-    model = AutoModelForCausalLM.from_pretrained(
+    text = type(AutoConfig.from_pretrained(folder)) in AutoModelForCausalLM._model_mapping
+    model = (AutoModelForCausalLM if text else AutoModelForMultimodalLM).from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    )
     width = max(len(ids) for ids in prompts)
     with torch.inference_mode():
         out = model.generate(
@@ -67,3 +75,13 @@ def test_a_mixed_batch_gets_token_for_token_what_generate_gives(name: str, tmp_p
         results = driver.run(*(request(str(i), ids, max_tokens=12) for i, ids in enumerate(PROMPTS)))
     assert [result.token_ids for result in results] == generate(folder, PROMPTS, 12)
     assert all(result.finish_reason in ("length", "stop") for result in results)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_gets_what_generate_gives(name: str, tmp_path: Path) -> None:
+    """Prompts in chunks of a few tokens, past every window."""
+    folder = save_model(FAMILIES[name], tmp_path, spread=0.1)
+    with driving(folder, max_num_batched_tokens=24, max_num_seqs=4) as driver:
+        results = driver.run(*(request(str(i), ids, max_tokens=20) for i, ids in enumerate(FEW)))
+    assert [result.token_ids for result in results] == generate(folder, FEW, 20)
+    assert len({id for result in results for id in result.token_ids}) > 10, "says nothing in particular"

@@ -10,20 +10,21 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import (
     BloomConfig,
-    DeepseekV3Config,
     FalconConfig,
-    GptOssConfig,
     LlamaConfig,
+    LlamaForCausalLM,
     MambaConfig,
-    MistralConfig,
     Qwen3NextConfig,
     RwkvConfig,
     T5Config,
+    ViTConfig,
 )
 
 from llmboost_worker.engine.interface import EngineError, EngineInfo
-from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, architecture, attention
-from tests.unit.engine_models import COMMON, CONFIGS, EOS, driving, prompt, request, save_model
+from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, architecture
+from llmboost_worker.engine.transformers.runner import ModelRunner
+from tests.unit.engine_configs import COMMON, CONFIGS, EOS
+from tests.unit.engine_models import driving, prompt, request, save_model
 
 CAUSAL_LM = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2}
 
@@ -198,10 +199,6 @@ REFUSED = {
     ),
     "alibi": (BloomConfig(vocab_size=300, hidden_size=64, n_layer=2, n_head=4), "bloom.*ALiBi"),
     "alibi-by-option": (FalconConfig(**CAUSAL_LM, num_attention_heads=4, alibi=True), "falcon.*ALiBi"),
-    "sinks": (
-        GptOssConfig(**COMMON, head_dim=16, num_local_experts=2),
-        r"gpt_oss.*s_aux",
-    ),
 }
 
 
@@ -220,49 +217,25 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
         start(tmp_path)
 
 
-def test_latent_attention_with_keys_wider_than_values_is_served(tmp_path: Path) -> None:
-    """DeepSeek's: the cache takes its shapes from what layers pass, not from the configuration."""
-    config = DeepseekV3Config(
-        **{**COMMON, "num_key_value_heads": 4},
-        q_lora_rank=16,
-        kv_lora_rank=16,
-        qk_nope_head_dim=16,
-        qk_rope_head_dim=8,
-        v_head_dim=16,
-        n_routed_experts=4,
-        n_group=2,
-        topk_group=1,
-        num_experts_per_tok=2,
-        moe_intermediate_size=16,
-        first_k_dense_replace=1,
-    )
-    with driving(save_model(config, tmp_path)) as driver:
-        result = driver.run_one(request("a", prompt(9), max_tokens=3, ignore_eos=True))
-    assert len(result.token_ids) == 3
+def test_a_model_that_is_no_language_model_is_refused_by_name(tmp_path: Path) -> None:
+    ViTConfig().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(EngineError, match=r"'vit' models: transformers has no causal language model"):
+        start(tmp_path)
 
 
-def test_the_self_test_refuses_attention_that_is_a_little_off(
+def test_what_a_models_own_code_raises_comes_with_its_name(
     llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attend = attention.attend
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("of its own")
 
-    def off(query: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
-        return attend(query * 1.02, *arguments, **options)
-
-    monkeypatch.setattr(attention, "attend", off)
-    with pytest.raises(EngineError, match=r"'llama'.*LlamaForCausalLM gives other logits"):
-        start(llama)
-
-
-def test_the_self_test_notices_a_slot_read_at_the_wrong_length(
-    llama: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(
-        attention.DecodeRun,
-        "_mask",
-        lambda self, window, query: (1, None),
-    )
-    with pytest.raises(EngineError, match="gives other logits"):
+    with monkeypatch.context() as patch:
+        patch.setattr(LlamaForCausalLM, "forward", fail)
+        with pytest.raises(EngineError, match=r"'llama'.*compute a token \(ZeroDivisionError: of its own"):
+            start(llama)
+    monkeypatch.setattr(ModelRunner, "forward", fail)
+    with pytest.raises(EngineError, match=r"'llama'.*self-test failed \(ZeroDivisionError: of its own"):
         start(llama)
 
 
@@ -272,18 +245,6 @@ def test_logits_that_are_no_numbers_are_refused_at_load(copy: Path) -> None:
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(EngineError, match=r"not finite.*another dtype"):
         start(copy)
-
-
-def test_a_layer_that_counts_on_a_mask_for_its_window_is_refused() -> None:
-    calls = [attention.LayerCall(layer, attention.LayerShape(1, 1, 1), None) for layer in range(3)]
-    with pytest.raises(EngineError, match="layer 0 should have a window of 8"):
-        architecture.check_calls(MistralConfig(**COMMON, sliding_window=8), calls)
-
-
-def test_a_layer_that_does_not_attend_by_itself_is_refused() -> None:
-    calls = [attention.LayerCall(layer, attention.LayerShape(1, 1, 1), None) for layer in (0, 0, 2)]
-    with pytest.raises(EngineError, match=r"of its 3 layers.*\[0, 0, 2\]"):
-        architecture.check_calls(LlamaConfig(**COMMON), calls)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from tests.unit.engine_kinds import ENGINES
 from tests.unit.engine_models import CONFIGS, EOS, VOCAB, Driver, driving, prompt, request, save_model
 
 SAMPLINGS: dict[str, dict[str, Any]] = {
@@ -26,8 +27,12 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
 PROMPT = prompt(30)
 
 
-@pytest.fixture(scope="module", params=["llama", "gemma2"])
+@pytest.fixture(scope="module", params=["llama", "gemma2", *set(ENGINES) - {"transformers"}])
 def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    """Two models in the transformers engine, and one in each other engine that is installed."""
+    if request.param == "vllm":
+        yield request.getfixturevalue("vllm_driver")
+        return
     folder: Path = save_model(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
     with driving(folder, max_num_batched_tokens=64, max_num_seqs=24) as driver:
         yield driver

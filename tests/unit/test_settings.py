@@ -127,7 +127,7 @@ def test_the_model_is_positional_or_a_flag() -> None:
         (["--max-num-seq", "4"], ["--max-num-seq", "--max-num-seqs?"]),
         (["--no-event-id"], ["--no-event-id", "--no-event-ids?"]),
         (["--tensor-parallel-size", "2"], ["--tensor-parallel-size", "--tp"]),
-        (["--no-enable-prefix-caching"], ["--no-enable-prefix-caching", "prefix cache"]),
+        (["--no-load-format"], ["--no-load-format", "the format they come in"]),
         (["--allowed-origins", "*,a.example"], ["--allowed-origins", "'a.example'", "https://"]),
         (["--allowed-origins", "https://a.example/"], ["'https://a.example/'"]),
         (["--allowed-origins", "https://*.example"], ["'https://*.example'"]),

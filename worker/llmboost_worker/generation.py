@@ -12,17 +12,20 @@ had been delivered is appended, and the job goes back to its queue, near the hea
 
 import asyncio
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmboost.entries import ChoiceDelta, StreamError, Terminal, TokenLogprob, Usage
+from msgspec import structs
+
+from llmboost.entries import ChoiceDelta, StreamError, Terminal, Usage
 from llmboost.jobs import GenerationJob
 from llmboost.streams import SealOutcome, StreamEnded, TokenStreams, Transcript, Writer
 from llmboost_worker.checks import Refused, check_bias, compiled, encoded, most_tokens
 from llmboost_worker.engine.interface import Engine, EngineInfo, SequenceOutput, SequenceRequest, StepOutput
+from llmboost_worker.logprobs import of_tokens
 from llmboost_worker.publisher import Outbox, Publisher
 from llmboost_worker.text import ChoiceText, Tokenizer, render_prompt
+from llmboost_worker.text.detokenizer import Detokenizer, continued
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,10 @@ class Choice:
 
     index: int
     text: ChoiceText
+    detokenizer: Detokenizer
+    """Of all its text, with what is held back for stop strings: says where each logprob's token is."""
+    echo: str | None = None
+    """The prompt's text, which goes out with its logprobs."""
     position: int = 0
     """Tokens emitted, those of earlier attempts included."""
     finish_reason: str | None = None
@@ -50,9 +57,14 @@ class Generation:
     outbox: Outbox
     sequences: dict[str, Choice] = field(default_factory=dict)
     """By the id that the engine knows."""
-    prompt_tokens: int = 0
+    first_sequence: str = ""
+    """The first of those that this attempt runs."""
+    prompt_ids: list[int] = field(default_factory=list)
+    cached_tokens: int = 0
+    """How many of these this attempt found computed. Its first choice counts: the others share a prompt with
+    it, and find that always."""
     announced: bool = False
-    """Whether `prompt_tokens` has gone out with a delta of this attempt."""
+    """Whether the number of them has gone out with a delta of this attempt."""
     done: "asyncio.Future[StreamError | None]" = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
@@ -129,14 +141,8 @@ class Generator:
             logger.info("%s gives way, to be continued later", job.id)
             raise
         except Exception as error:
-            logger.exception("%s failed", job.id)
-            await self._seal(
-                writer,
-                StreamError(
-                    f"The worker failed on this request: {type(error).__name__}.", code="worker_error"
-                ),
-                None,
-            )
+            logger.exception("request failed: request_id=%s", job.id)
+            await self._seal(writer, _worker_error(error), None)
         finally:
             self._forget(generation)
 
@@ -145,7 +151,7 @@ class Generator:
         transcript = await self._streams.begin(writer, self._worker)
         self.running[job.id] = generation
         prompt_ids = await encoded(job, self._tokenizer, self._info)
-        generation.prompt_tokens = len(prompt_ids)
+        generation.prompt_ids = prompt_ids
         check_bias(job, self._info)
         max_tokens = most_tokens(job, len(prompt_ids), self._info)
         grammar = await compiled(job, self._engine)
@@ -154,6 +160,7 @@ class Generator:
             generation.end()
         for request in requests:
             self._by_sequence[request.id] = generation
+            generation.first_sequence = generation.first_sequence or request.id
         self._admit(generation, requests)
         error = await generation.done
         if generation.gives_way:
@@ -166,7 +173,9 @@ class Generator:
         if generation.gives_way and generation.live_sequences:
             raise GaveWay
         usage = Usage(
-            generation.prompt_tokens, sum(choice.position for choice in generation.sequences.values())
+            len(generation.prompt_ids),
+            sum(choice.position for choice in generation.sequences.values()),
+            generation.cached_tokens,
         )
         await self._seal(writer, error, usage)
 
@@ -245,21 +254,28 @@ class Generator:
         continues = prompt_ids if job.prompt.messages is None else ()
         for index in range(job.sampling.n):
             text = ChoiceText(self._tokenizer, job.sampling, continues, self._info.eos_token_ids)
-            choice = Choice(index, text)
+            choice = Choice(index, text, self._tokenizer.detokenizer(continues))
             sequence = f"{job.id}#{generation.outbox.writer.attempt}.{index}"
             generation.sequences[sequence] = choice
             before = transcript.choices.get(index)
+            sampling = job.sampling
+            if before is not None:  # what begins a choice was emitted with its first tokens
+                sampling = structs.replace(sampling, prompt_logprobs=None)
             output_ids: list[int] = []
             if before is not None:
                 output_ids = before.token_ids
                 choice.text.replay(output_ids)
+                if job.sampling.top_logprobs is not None:
+                    choice.detokenizer = continued(choice.detokenizer, output_ids)
                 choice.position = len(output_ids)
                 choice.finish_reason = before.finish_reason
             elif job.echo:
-                opening.append(
-                    ChoiceDelta(index, 0, [], render_prompt(self._tokenizer, job.prompt, job.created))
-                )
-            if choice.finish_reason is None and max_tokens == 0:
+                prompt = render_prompt(self._tokenizer, job.prompt, job.created)
+                if sampling.prompt_logprobs is None:
+                    opening.append(ChoiceDelta(index, 0, [], prompt))
+                else:
+                    choice.echo = prompt
+            if choice.finish_reason is None and max_tokens == 0 and choice.echo is None:
                 choice.finish_reason = "length"
                 opening.append(ChoiceDelta(index, 0, [], "", "length"))
             if choice.finish_reason is None:
@@ -267,7 +283,7 @@ class Generator:
                     SequenceRequest(
                         id=sequence,
                         prompt_ids=prompt_ids,
-                        sampling=job.sampling,
+                        sampling=sampling,
                         choice=index,
                         output_ids=list(output_ids),
                         max_tokens=max_tokens,
@@ -293,9 +309,17 @@ class Generator:
             if choice.finish_reason is not None:
                 continue
             if output.finish_reason == "error":
-                generation.end(StreamError(output.error or "The engine failed.", code="engine_error"))
+                generation.end(_error_of(generation.job.id, output))
                 continue
-            deltas.setdefault(generation.job.id, []).append(self._advance(choice, output))
+            if output.id == generation.first_sequence:
+                generation.cached_tokens += output.cached_tokens
+            try:
+                added = [*self._echo(generation, choice, output), self._advance(choice, output)]
+            except Exception as error:  # whoever comes after it in this step must not lose its tokens
+                logger.exception("request failed: request_id=%s sequence=%s", generation.job.id, output.id)
+                generation.end(_worker_error(error))
+                continue
+            deltas.setdefault(generation.job.id, []).extend(added)
             if choice.finish_reason is not None and output.finish_reason is None:
                 stopped.append(output.id)  # by a stop string, of which the engine knows nothing
         if stopped:
@@ -307,9 +331,25 @@ class Generator:
                 generation.end()
 
     def _publish(self, generation: Generation, choices: list[ChoiceDelta]) -> None:
-        prompt_tokens = None if generation.announced else generation.prompt_tokens
+        prompt_tokens = None if generation.announced else len(generation.prompt_ids)
         generation.announced = True
         self._publisher.publish(generation.outbox, choices, prompt_tokens)
+
+    def _echo(self, generation: Generation, choice: Choice, output: SequenceOutput) -> list[ChoiceDelta]:
+        """The prompt, if it goes out with the choice's first token: in one entry, so that a later attempt
+        finds both or none."""
+        text, choice.echo = choice.echo, None
+        if text is None:
+            return []
+        logprobs = None
+        if output.prompt_logprobs is not None:
+            logprobs = of_tokens(
+                self._tokenizer,
+                self._tokenizer.detokenizer(),
+                generation.prompt_ids,
+                output.prompt_logprobs,
+            )
+        return [ChoiceDelta(choice.index, 0, [], text, None, logprobs)]
 
     def _advance(self, choice: Choice, output: SequenceOutput) -> ChoiceDelta:
         """What new tokens add to a choice; tokens behind a stop string are dropped."""
@@ -326,14 +366,27 @@ class Generator:
         choice.finish_reason = "stop" if stopped else output.finish_reason
         logprobs = None
         if output.logprobs is not None:
-            logprobs = [
-                self._logprob(token_id, drawn.logprob, drawn.top)
-                for token_id, drawn in zip(output.token_ids[:used], output.logprobs, strict=False)
-            ]
+            logprobs = of_tokens(
+                self._tokenizer, choice.detokenizer, output.token_ids[:used], output.logprobs
+            )
         return ChoiceDelta(
             choice.index, position, output.token_ids[:used], "".join(parts), choice.finish_reason, logprobs
         )
 
-    def _logprob(self, token_id: int, logprob: float, top: Sequence[tuple[int, float]] = ()) -> TokenLogprob:
-        token, raw = self._tokenizer.token_string(token_id)
-        return TokenLogprob(token, logprob, raw, tuple(self._logprob(*likely) for likely in top))
+
+def _error_of(job_id: str, output: SequenceOutput) -> StreamError:
+    """What ends a request one of whose sequences the engine gave up, said to the log as well."""
+    message = output.error or "The engine failed."
+    if output.is_refused:
+        logger.info("request refused: request_id=%s %s", job_id, message)
+        return StreamError(message, "invalid_request_error", "invalid_request", status=400)
+    logger.error("request failed: request_id=%s %s", job_id, message)
+    return StreamError(message, code="engine_error")
+
+
+def _worker_error(error: Exception) -> StreamError:
+    return StreamError(
+        f"The worker failed on this request: {type(error).__name__}. If it does again, tell the operator: "
+        "the log has the cause under the request's id.",
+        code="worker_error",
+    )

@@ -77,7 +77,10 @@ class CompletionRequest(FormattedRequest, GenerationRequest):
         DEFAULT_MAX_TOKENS, ge=0, le=INT32, description="0 only with `echo`: the prompt alone."
     )
     logprobs: int | None = Field(
-        None, ge=0, le=20, description="That many likeliest tokens, and the drawn one."
+        None,
+        ge=0,
+        le=20,
+        description="That many likeliest tokens, and the drawn one. With `echo`, of the prompt too.",
     )
 
     @model_validator(mode="before")
@@ -100,12 +103,6 @@ class CompletionRequest(FormattedRequest, GenerationRequest):
             raise problem(
                 "invalid_value", "is 0, but it must be at least 1 unless 'echo' is true.", "max_tokens"
             )
-        if self.echo and self.logprobs is not None:
-            raise problem(
-                "unsupported_parameter",
-                "is not supported together with 'echo' by this server: send one of them.",
-                "logprobs",
-            )
         if len(self.prompt) * self.n > MAX_CHOICES:
             raise problem(
                 "invalid_value",
@@ -127,7 +124,8 @@ class CompletionRequest(FormattedRequest, GenerationRequest):
         return self.echo
 
     def sampling_params(self, completion_id: str) -> SamplingParams:
-        return self._sampling(completion_id, self.max_tokens, self.logprobs)
+        of_prompt = self.logprobs if self.echo else None
+        return self._sampling(completion_id, self.max_tokens, self.logprobs, of_prompt)
 
 
 class CompletionShape:
@@ -168,7 +166,7 @@ class CompletionShape:
         flat = b"null"
         if self._logprobs and logprobs:
             flat = encode_json(_logprobs_object(logprobs, self._offsets[index]))
-            self._offsets[index] += sum(len(token.token) for token in logprobs)
+            self._offsets[index] += sum(map(_width, logprobs))
         return b'%b{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}%b' % (
             self._head,
             index,
@@ -199,13 +197,21 @@ def _logprobs_object(logprobs: Sequence[TokenLogprob], offset: int) -> dict[str,
     offsets = []
     for token in logprobs:
         offsets.append(offset)
-        offset += len(token.token)
+        offset += _width(token)
     return {
         "tokens": [token.token for token in logprobs],
         "token_logprobs": [finite(token.logprob) for token in logprobs],
-        # The drawn token is always among them, however unlikely it was.
-        "top_logprobs": [
-            {each.token: finite(each.logprob) for each in (*token.top, token)} for token in logprobs
-        ],
+        "top_logprobs": [_top(token) for token in logprobs],
         "text_offset": offsets,
     }
+
+
+def _top(token: TokenLogprob) -> dict[str, float | None] | None:
+    """The token itself is always among them, however unlikely it was. None for the first of a prompt."""
+    if token.logprob is None:
+        return None
+    return {each.token: finite(each.logprob) for each in (*token.top, token)}
+
+
+def _width(token: TokenLogprob) -> int:
+    return len(token.token) if token.width is None else token.width

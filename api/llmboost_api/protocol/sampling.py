@@ -159,7 +159,11 @@ class GenerationRequest(StructuredRequest, ABC):
         """How the tokens of a completion are drawn."""
 
     def _sampling(
-        self, completion_id: str, max_tokens: int | None, top_logprobs: int | None
+        self,
+        completion_id: str,
+        max_tokens: int | None,
+        top_logprobs: int | None,
+        prompt_logprobs: int | None = None,
     ) -> SamplingParams:
         """The parameters as a job carries them. The seed is fixed here, for all attempts to draw from."""
         return SamplingParams(
@@ -180,6 +184,7 @@ class GenerationRequest(StructuredRequest, ABC):
             include_stop_str_in_output=self.include_stop_str_in_output,
             ignore_eos=self.ignore_eos,
             top_logprobs=top_logprobs,
+            prompt_logprobs=prompt_logprobs,
             grammar=self.grammar(),
         )
 

@@ -59,6 +59,6 @@ def usage_object(usage: Usage) -> dict[str, Any]:
     }
 
 
-def finite(logprob: float) -> float:
-    """The logprob, or the least that is sent."""
-    return logprob if logprob > LOWEST_LOGPROB else LOWEST_LOGPROB
+def finite(logprob: float | None) -> float | None:
+    """The logprob, or the least that is sent; None if there is none."""
+    return logprob if logprob is None or logprob > LOWEST_LOGPROB else LOWEST_LOGPROB

@@ -24,6 +24,7 @@ Serves language models through a message queue: token streams that survive what 
   llmboost api --redis-url URL             one API pod
   llmboost worker [MODEL] --redis-url URL  one worker
   llmboost batch run INPUT -o OUTPUT       a file of requests, answered into another
+  llmboost bench [URL]                     how fast a server is, ours or another
 
   llmboost COMMAND --help   the flags of a command
   llmboost --version
@@ -37,6 +38,7 @@ SUMMARIES = {
     "api": "Runs one API pod on a Redis that workers share.",
     "worker": "Runs one worker, which serves a model to all API pods on the same Redis.",
     "batch": "Runs files of requests.",
+    "bench": "Measures a server.",
 }
 
 
@@ -64,6 +66,8 @@ def run(argv: list[str]) -> int:
                 return _worker(Flags(command, WorkerSettings, SUMMARIES[command]).parse(argv[1:]))
             case "batch":
                 return _batch(argv[1:])
+            case "bench":
+                return _bench(argv[1:])
         close = difflib.get_close_matches(command, SUMMARIES, 1)
         raise UsageError(
             f"unknown command {command!r}: "
@@ -109,6 +113,12 @@ def _worker(settings: WorkerSettings) -> int:
 
 def _batch(argv: list[str]) -> int:
     from llmboost.cli.batch.command import run_command
+
+    return run_command(argv)
+
+
+def _bench(argv: list[str]) -> int:
+    from llmboost.cli.bench.command import run_command
 
     return run_command(argv)
 

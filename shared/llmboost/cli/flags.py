@@ -20,18 +20,16 @@ _NO = "--no-"
 _ELSEWHERE = {
     "--tensor-parallel-size": "use --tp",
     "--data-parallel-size": "use --dp",
-    "--pipeline-parallel-size": "one model is split with --tp",
+    "--pipeline-parallel-size": "use --pp",
     "--uvicorn-log-level": "use --log-level",
     "--max-queue-size": "use --max-queued",
-    "--gpu-memory-utilization": "memory is measured; bound it with --max-num-seqs and --max-model-len",
-    "--enable-prefix-caching": "there is no prefix cache to switch",
+    "--gpu-memory-utilization": "memory is measured; bound it with --kv-cache-memory, or --vllm-options",
     "--disable-log-requests": "prompts are never logged",
     "--disable-log-stats": "use --log-level",
     "--tokenizer": "the tokenizer is the model's own",
     "--load-format": "weights are read in the format they come in",
-    "--quantization": "a checkpoint is served in the precision it has; see --dtype",
     "--swap-space": "nothing is swapped",
-    "--enforce-eager": "every model runs eagerly",
+    "--enforce-eager": "every model runs eagerly; to vLLM, say it with --vllm-options",
 }
 """Flags of other servers, and what to use here."""
 

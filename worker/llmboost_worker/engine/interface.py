@@ -45,7 +45,8 @@ class SequenceRequest:
     output_ids: list[int] = field(default_factory=list)
     """Already emitted by an earlier attempt: count as output for limits, penalties and random numbers."""
     max_tokens: int = 1
-    """Output tokens at most, `output_ids` included; with the prompt no more than `max_model_len`."""
+    """Output tokens at most, `output_ids` included; with the prompt no more than `max_model_len`. 0 with
+    `sampling.prompt_logprobs`: the prompt is computed for these alone."""
     priority: int = 0
     """0 is interactive, 1 batch: smaller is admitted first."""
     grammar: Any = None
@@ -96,7 +97,13 @@ class EngineStats:
     waiting: int
     steps: int
     prompt_tokens: int
+    """Computed."""
     output_tokens: int
+    cached_tokens: int = 0
+    """Of prompts, found in the prefix cache instead."""
+    blocks_used: int = 0
+    """Of the key/value cache, in use by sequences. What is kept for others to find isn't counted."""
+    blocks_total: int = 0
 
 
 class EngineError(RuntimeError):
@@ -115,7 +122,8 @@ class Engine(ABC):
         self, on_step: Callable[[StepOutput], None], on_failure: Callable[[BaseException], None]
     ) -> EngineInfo:
         """Loads the model in the engine's own thread and returns when it can generate (blocks: minutes for
-        a large model). `on_step` is called from that thread after each step; it must not block.
+        a large model). `on_step` is called from that thread after each step; it must not block,
+        nor raise: what it didn't take is lost, so the engine ends.
         `on_failure` is called once if the engine ends by itself.
 
         Raises:

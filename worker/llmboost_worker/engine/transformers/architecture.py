@@ -1,74 +1,101 @@
 """Which models this engine computes rightly. What isn't known to be right is refused by name: a wrong model
 doesn't fail, it talks nonsense."""
 
+import logging
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers.attention import LayerCall, Probe, attending
+from llmboost_worker.engine.transformers import probe
 from llmboost_worker.engine.transformers.cache import LayerShape
+from llmboost_worker.engine.transformers.probe import LayerCall
+
+logger = logging.getLogger(__name__)
 
 LAYER_KINDS = {"full_attention", "sliding_attention"}
 """Of transformers' names for layers: those whose whole state is keys and values per token, attended
 causally."""
 
+UNSUPPORTED = {"position_bias", "alibi"}
+"""Keywords that change what attention computes, and that the engine's doesn't know."""
 
-def check_config(config: Any) -> None:
-    """Refuses by what the (text) configuration says, before weights are read."""
-    name = config.model_type
+
+def check_config(name: str, config: Any) -> None:
+    """Refuses models called `name` by what their (text) configuration says, before weights are read."""
     if config.is_encoder_decoder:
         raise refusal(name, "it is an encoder-decoder")
     if kinds := set(getattr(config, "layer_types", None) or ()) - LAYER_KINDS:
         raise refusal(name, f"it has layers of kind {', '.join(sorted(kinds))}")
     attention = getattr(config, "attn_config", None)
-    if getattr(config, "alibi", False) or getattr(attention, "alibi", False) or name == "bloom":
+    if getattr(config, "alibi", False) or getattr(attention, "alibi", False) or config.model_type == "bloom":
         raise refusal(name, "it has ALiBi position biases")
-    if getattr(config, "num_kv_shared_layers", 0):
-        raise refusal(name, "its layers share keys and values")
-    if getattr(config, "use_bidirectional_attention", None):
-        raise refusal(name, "its attention looks ahead")
 
 
-def check_class(model: Any, config: Any) -> None:
+def class_of(name: str, config: Any) -> Any:
+    """transformers' class to load that configuration with: a causal language model, or the model around one
+    that also takes images or sound, and serves for its text.
+
+    Raises:
+        EngineError: there is none.
+    """
+    remote = getattr(config, "auto_map", {})
+    for auto in (AutoModelForCausalLM, AutoModelForMultimodalLM):
+        if type(config) in auto._model_mapping or auto.__name__ in remote:
+            return auto
+    raise refusal(name, "transformers has no causal language model of that kind")
+
+
+def check_class(name: str, model: Any) -> None:
     """Refuses by what the model's class says of itself."""
     if getattr(model, "_is_stateful", False):
-        raise refusal(config.model_type, "it has recurrent layers")
-    if not all(getattr(module, "is_causal", True) for module in model.modules()):
-        raise refusal(config.model_type, "its attention isn't causal")
+        raise refusal(name, "it has recurrent layers")
     if not getattr(model, "_supports_attention_backend", False):
-        raise refusal(config.model_type, "transformers can't replace its attention")
+        raise refusal(name, "transformers can't replace its attention")
 
 
-def probe(model: Any, config: Any) -> list[LayerShape]:
-    """What each layer stores per token, found by a forward of one token.
+def layers_of(name: str, model: Any, config: Any, max_model_len: int) -> list[LayerShape]:
+    """What each layer stores per token.
 
     Raises:
-        EngineError: as `check_calls`, or a layer asks its attention for something that it doesn't do.
+        EngineError: as `check_calls`, or the model can't compute one token by itself.
     """
-    recorder = Probe()
-    one = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
     try:
-        with attending(recorder):
-            model(input_ids=one, position_ids=one, use_cache=False)
-    except NotImplementedError as error:
-        raise refusal(config.model_type, str(error)) from error
-    return check_calls(config, recorder.calls)
+        calls = probe.record(model)
+    except Exception as error:  # whatever a model's own code raises
+        logger.exception("the model can't compute a token")
+        raise refusal(name, f"it can't compute a token ({type(error).__name__}: {error})") from error
+    return check_calls(name, config, calls, max_model_len)
 
 
-def check_calls(config: Any, calls: list[LayerCall]) -> list[LayerShape]:
+def check_calls(name: str, config: Any, calls: list[LayerCall], max_model_len: int) -> list[LayerShape]:
     """
     Raises:
-        EngineError: some layer doesn't attend exactly once, or has a window other than the
-            configuration's, so that it counts on a mask.
+        EngineError: some layer doesn't attend exactly once, asks for something that the engine's attention
+            doesn't do, or isn't of one mind about its window, so that it counts on a mask.
     """
-    name, calls = config.model_type, sorted(calls, key=lambda call: call.layer)
+    calls = sorted(calls, key=lambda call: call.layer)
     layers = [call.layer for call in calls]
     if layers != list(range(config.num_hidden_layers)):
         raise refusal(name, f"of its {config.num_hidden_layers} layers, these attend: {layers}")
-    for call, window in zip(calls, _windows(config), strict=True):
-        if call.window != window:
-            raise refusal(name, f"layer {call.layer} should have a window of {window}, not {call.window}")
+    for call, configured in zip(calls, windows(config), strict=True):
+        kind = type(call.module).__name__
+        for keyword in UNSUPPORTED & call.keywords.keys():
+            raise refusal(name, f"attention with {keyword!r} in {kind}")
+        if not getattr(call.module, "is_causal", True):
+            raise refusal(name, f"{kind} isn't causal")
+        if call.makes_mask:
+            raise refusal(name, f"{kind} builds an attention mask of its own")
+        asked = call.keywords.get("sliding_window")
+        seen = configured if call.mask is None else _window(name, call, max_model_len)
+        # The same for the cache of `generate`, for the attention and in the mask; else one of them is wrong.
+        if len({_within(window, max_model_len) for window in (configured, asked, seen)}) > 1:
+            raise refusal(
+                name,
+                f"layer {call.layer} has a window of {configured} by its configuration, of {asked} by what "
+                f"it asks for, and of {seen} by its mask",
+            )
     return [call.shape for call in calls]
 
 
@@ -90,8 +117,29 @@ def refusal(name: str, why: str) -> EngineError:
     return EngineError(f"the transformers engine can't serve {name!r} models: {why}. Try the vllm engine.")
 
 
-def _windows(config: Any) -> list[int | None]:
-    """Per layer, as transformers builds its masks."""
+def _window(name: str, call: LayerCall, length: int) -> int | None:
+    """How many tokens the layer's mask shows to each token, itself included; None if all before it.
+
+    Raises:
+        EngineError: it shows others.
+    """
+    assert call.mask is not None
+    seen = int(probe.visible(call.mask, length - 1, length).sum())
+    for position in {0, 1, length // 2, seen - 1, seen, length - 1} & set(range(length)):
+        expected = torch.zeros(length, dtype=torch.bool)
+        expected[max(0, position + 1 - seen) : position + 1] = True
+        if not torch.equal(probe.visible(call.mask, position, length), expected):
+            raise refusal(name, f"the tokens that layer {call.layer} sees are no window of those before")
+    return seen if seen < length else None
+
+
+def _within(window: int | None, length: int) -> int | None:
+    """A window as far as it hides any of that many tokens."""
+    return window if window is not None and window < length else None
+
+
+def windows(config: Any) -> list[int | None]:
+    """Per layer, how many tokens one sees by the configuration, which is how transformers' cache has it."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:

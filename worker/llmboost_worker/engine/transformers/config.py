@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
+Quantization = Literal["none", "int8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -16,8 +17,10 @@ class EngineConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
     dtype: DType = "auto"
-    """auto: float32 on a CPU (half precision gains nothing there without AMX), the checkpoint's own on
-    CUDA."""
+    """auto: the checkpoint's own on CUDA; on a CPU float32, or bfloat16 for a checkpoint in bfloat16 if the
+    processor multiplies it (AMX, AVX512_BF16): without that it gains nothing there."""
+    quantization: Quantization = "none"
+    """int8: weights in int8, activations in `dtype`."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:<n>. auto: CUDA if there is one."""
     max_model_len: int | None = None
@@ -25,20 +28,25 @@ class EngineConfig:
     max_num_seqs: int = 256
     """Sequences in one step."""
     max_num_batched_tokens: int = 2048
-    """Tokens in one step. Bounds how long a long prompt can hold up everyone's next token."""
+    """Tokens in one step."""
     enable_chunked_prefill: bool = True
-    """False: a prompt is computed in one step, even one above `max_num_batched_tokens`."""
+    """Prompts are computed in parts as small as running sequences need, to get their next tokens in time.
+    False: each in one step, even one above `max_num_batched_tokens`."""
+    enable_prefix_caching: bool = True
+    """Keep computed blocks for others that begin alike."""
     threads: int | None = None
     """Of torch on a CPU. None: the physical cores that this process may use."""
     kv_cache_memory: float | None = None
     """GiB for keys and values. None: half of what is available once a CPU's weights are loaded, 0.9 on
-    CUDA."""
+    CUDA. Never more than `max_num_seqs` sequences of full length need."""
 
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("model is empty: give a folder or a name on the hub")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ValueError(f"dtype is {self.dtype!r}, but must be auto, float32, bfloat16 or float16")
+        if self.quantization not in ("none", "int8"):
+            raise ValueError(f"quantization is {self.quantization!r}, but must be none or int8")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
             raise ValueError(f"device is {self.device!r}, but must be auto, cpu, cuda or cuda:<n>")
         for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "threads", "kv_cache_memory"):

@@ -1,5 +1,7 @@
 """The compute half of the engine: a model, its cache and the loop's three verbs. No threads, no callers."""
 
+import logging
+
 from llmboost_worker.engine.grammar import MatcherThread
 from llmboost_worker.engine.interface import (
     EngineInfo,
@@ -8,13 +10,17 @@ from llmboost_worker.engine.interface import (
     SequenceRequest,
     StepOutput,
 )
-from llmboost_worker.engine.transformers import loader, selftest
-from llmboost_worker.engine.transformers.cache import SlotCache
+from llmboost_worker.engine.transformers import failures, loader, packing, selftest
+from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, BlockManager
 from llmboost_worker.engine.transformers.config import EngineConfig
+from llmboost_worker.engine.transformers.loader import LoadedModel
+from llmboost_worker.engine.transformers.pace import Pace
 from llmboost_worker.engine.transformers.runner import ModelRunner
 from llmboost_worker.engine.transformers.sampler import Draw
 from llmboost_worker.engine.transformers.scheduler import Scheduler
 from llmboost_worker.engine.transformers.sequence import Sequence
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -25,7 +31,7 @@ class EngineCore:
     """
 
     def __init__(self, config: EngineConfig) -> None:
-        loaded = loader.load(config)
+        loaded = _served(config)
         self.info = EngineInfo(
             max_model_len=loaded.max_model_len,
             vocab_size=loaded.vocab_size,
@@ -35,24 +41,24 @@ class EngineCore:
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
         )
-        self._cache = SlotCache(
-            layers=loaded.layers,
-            max_len=loaded.max_model_len,
-            max_slots=config.max_num_seqs,
-            max_bytes=loader.cache_bytes(config, loaded),
-            dtype=loaded.dtype,
-            device=loaded.device,
-        )
-        self._runner = ModelRunner(loaded.model, loaded.device)
-        selftest.run(loaded, self._runner, self.info)
+        self._cache = loader.make_cache(config, loaded, BLOCK_SIZE)
+        self._blocks = BlockManager(self._cache.num_blocks, BLOCK_SIZE, config.enable_prefix_caching)
+        self._runner = ModelRunner(loaded.forward, self._cache, loaded.device)
+        self._pace = Pace()
         self._scheduler = Scheduler(
-            self._cache, config.max_num_seqs, config.max_num_batched_tokens, config.enable_chunked_prefill
+            self._blocks,
+            self._pace,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            config.enable_chunked_prefill,
         )
+        self._sequences: dict[str, Sequence] = {}
+        """Those that the scheduler has."""
         self._matchers = MatcherThread()
         self._ended: StepOutput = []
         """Of sequences that end without having run."""
         self._arrivals = 0
-        self._steps = self._prompt_tokens = self._output_tokens = 0
+        self._steps = self._prompt_tokens = self._cached_tokens = self._output_tokens = 0
 
     @property
     def is_idle(self) -> bool:
@@ -67,6 +73,9 @@ class EngineCore:
             steps=self._steps,
             prompt_tokens=self._prompt_tokens,
             output_tokens=self._output_tokens,
+            cached_tokens=self._cached_tokens,
+            blocks_used=self._blocks.num_used,
+            blocks_total=self._blocks.num_blocks,
         )
 
     def add(self, requests: list[SequenceRequest]) -> None:
@@ -75,59 +84,135 @@ class EngineCore:
             self._arrivals += 1
             try:
                 sequence = Sequence(request, self.info, self._arrivals)
-            except Exception as error:  # whatever is wrong with a request is its own affair
-                self._ended.append(_failure(request.id, str(error)))
+                if sequence.sampling.grammar is not None and sequence.matcher is None:
+                    raise ValueError("its grammar has not been compiled")
+                reason = sequence.finish_reason()
+                if reason is None or sequence.is_scored:
+                    self._scheduler.add(sequence)
+                    self._sequences[sequence.id] = sequence
+            except MemoryError as error:
+                self._ended.append(_failure(request.id, failures.explain(error)))
                 continue
-            if reason := sequence.finish_reason():
-                self._ended.append(SequenceOutput(request.id, [], None, reason))
-            else:
-                self._scheduler.add(sequence)
+            except Exception as error:  # whatever is wrong with a request is its own affair
+                self._ended.append(_failure(request.id, str(error), is_refused=True))
+                continue
+            if reason is not None and not sequence.is_scored:
+                of_prompt = sequence.prompt_logprobs
+                self._ended.append(SequenceOutput(request.id, [], None, reason, prompt_logprobs=of_prompt))
 
     def cancel(self, ids: list[str]) -> None:
         for id in ids:
-            self._scheduler.remove(id)
+            self._remove(id)
 
-    def trim(self) -> None:
-        """Gives back memory that no sequence uses."""
-        self._cache.trim()
+    def _remove(self, id: str) -> None:
+        self._sequences.pop(id, None)
+        self._scheduler.remove(id)
 
     def step(self) -> StepOutput:
-        batch = self._scheduler.schedule()
+        """
+        Raises:
+            torch.AcceleratorError: the device is lost; nothing can be computed any more.
+        """
+        ended, self._ended = self._ended, []
+        self._pace.begin()
+        try:
+            batch = self._scheduler.schedule()
+        except Exception as error:
+            if failures.is_device_lost(error):
+                raise
+            return ended + self._fail_all(error)
         self._matchers.start(
             [(each.matcher, each.tokens) for each in batch if each.matcher is not None and each.is_sampled]
         )
         draws = self._runner.run(batch) if batch else {}
-        ended, self._ended = self._ended, []
+        self._learn(batch)
         return ended + self._postprocess(batch, draws)
+
+    def _learn(self, batch: list[Sequence]) -> None:
+        """What the step took."""
+        chunks = [sequence for sequence in batch if not sequence.is_decoding]
+        tokens = sum(sequence.num_scheduled for sequence in chunks)
+        pairs = sum(one.num_scheduled * (one.num_cached + one.num_scheduled // 2) for one in chunks)
+        self._pace.end(len(batch) - len(chunks), tokens, pairs // max(1, tokens))
+
+    def _fail_all(self, error: Exception) -> StepOutput:
+        """Nobody knows which sequence it was, nor what was half done: all of them end, and the next ones find
+        everything free."""
+        logger.exception("no step can be scheduled; all %d sequences fail", len(self._sequences))
+        ids = list(self._sequences)
+        for id in ids:
+            self._remove(id)
+        return [_failure(id, failures.explain(error)) for id in ids]
 
     def _postprocess(self, batch: list[Sequence], draws: dict[str, Draw]) -> StepOutput:
         """Takes what was drawn into the sequences and ends those that are done."""
-        outputs = [
-            _failure(sequence.id, f"no memory for the keys and values of {len(sequence)} tokens")
-            for sequence in self._scheduler.take_refused()
-        ]
+        outputs: StepOutput = []
         self._steps += bool(batch)
         for sequence in batch:
+            draw = draws.get(sequence.id)
+            if draw is not None and draw.error is not None:
+                outputs.append(_failure(sequence.id, draw.error, draw.is_refused))
+                self._cache.clear(self._blocks.unregistered(sequence.table))
+                self._remove(sequence.id)
+                continue
             self._prompt_tokens += max(
                 0, min(sequence.num_scheduled, sequence.num_prompt - sequence.num_cached)
             )
             sequence.num_cached += sequence.num_scheduled
-            draw = draws.get(sequence.id)
+            self._blocks.register(sequence.table, sequence.tokens, sequence.num_cached)
             if draw is None:
                 continue  # in the middle of its prompt
-            if draw.error is not None:
-                outputs.append(_failure(sequence.id, draw.error))
-                self._scheduler.remove(sequence.id)
-                continue
-            sequence.append(draw.token)
-            self._output_tokens += 1
-            reason = sequence.finish_reason()
-            logprobs = None if draw.logprobs is None else [draw.logprobs]
-            outputs.append(SequenceOutput(sequence.id, [draw.token], logprobs, reason))
-            if reason:
-                self._scheduler.remove(sequence.id)
+            try:
+                output = self._advance(sequence, draw)
+            except Exception as error:
+                logger.exception("sequence %s failed after a step", sequence.id)
+                output = _failure(sequence.id, failures.explain(error))
+            outputs.append(output)
+            if output.finish_reason:
+                self._remove(sequence.id)
         return outputs
 
+    def _advance(self, sequence: Sequence, draw: Draw) -> SequenceOutput:
+        """Takes what was drawn into the sequence."""
+        found, sequence.num_found = sequence.num_found or 0, 0
+        of_prompt, sequence.prompt_logprobs = sequence.prompt_logprobs, None
+        if reason := sequence.finish_reason():  # it ran for the logprobs of its prompt alone
+            return SequenceOutput(sequence.id, [], None, reason, prompt_logprobs=of_prompt)
+        sequence.append(draw.token)
+        self._output_tokens += 1
+        self._cached_tokens += found
+        logprobs = None if draw.logprobs is None else [draw.logprobs]
+        return SequenceOutput(
+            sequence.id,
+            [draw.token],
+            logprobs,
+            sequence.finish_reason(),
+            cached_tokens=found,
+            prompt_logprobs=of_prompt,
+        )
 
-def _failure(id: str, error: str) -> SequenceOutput:
-    return SequenceOutput(id, [], None, "error", error)
+
+def _served(config: EngineConfig) -> LoadedModel:
+    """The model as this machine computes it fastest and rightly.
+
+    Raises:
+        EngineError: it can't be computed rightly.
+    """
+    loaded = loader.load(config)
+    expected = selftest.reference(loaded)
+    if packing.pack(loaded, config.quantization):
+        try:
+            selftest.run(loaded, expected, config.quantization)
+            return loaded
+        except Exception as error:  # a model may reach for what has been packed
+            if config.quantization != "none":
+                raise
+            logger.warning("this model is served as transformers has it, unpacked: %s", error)
+        del loaded
+        loaded = loader.load(config)  # packing took the weights
+    selftest.run(loaded, expected, config.quantization)
+    return loaded
+
+
+def _failure(id: str, error: str, is_refused: bool = False) -> SequenceOutput:
+    return SequenceOutput(id, [], None, "error", error, is_refused)

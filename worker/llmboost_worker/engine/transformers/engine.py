@@ -122,6 +122,7 @@ class TransformersEngine(Engine):
                 error = EngineError(f"can't start the engine: {type(error).__name__}: {error}")
             started.set_exception(error)
             return
+        self._publish(core, [])
         started.set_result(core.info)
         try:
             with torch.inference_mode():
@@ -133,8 +134,10 @@ class TransformersEngine(Engine):
             logger.exception("the engine ended by itself")
             # First: who hears of it ends the process. Otherwise a request that comes now would be refused
             # as if it were its own fault.
-            on_failure(error)
-            self._end(error)
+            try:
+                on_failure(error)
+            finally:
+                self._end(error)
         else:
             self._end(EngineError("closed"))
         finally:
@@ -145,8 +148,6 @@ class TransformersEngine(Engine):
 
     def _receive(self, core: EngineCore) -> bool:
         """Takes what callers have left; waits for it when there is nothing to compute. False: time to end."""
-        if core.is_idle:
-            core.trim()
         with self._inbox:
             if core.is_idle:
                 self._inbox.wait_for(lambda: self._added or self._closing)

@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from llmboost.machine import available_cores, available_memory
 from llmboost_worker.engine.interface import EngineError
 from llmboost_worker.engine.transformers import architecture
 from llmboost_worker.engine.transformers.attention import NAME
-from llmboost_worker.engine.transformers.cache import LayerShape, bytes_per_token
+from llmboost_worker.engine.transformers.cache import KeyValueCache, LayerShape, bytes_per_token
 from llmboost_worker.engine.transformers.config import EngineConfig
+from llmboost_worker.engine.transformers.forward import Forward, ModelForward
+from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
-MIN_MODEL_LEN = 16
+MIN_MODEL_LEN = 32
 WEIGHTS = ("*.safetensors", "*.bin")
 REFERENCE = "eager"
 """transformers' plainest attention: supports everything, and is what the self-test compares with."""
@@ -36,6 +38,7 @@ class LoadedModel:
     dtype: torch.dtype
     layers: list[LayerShape]
     """What each layer stores per token."""
+    forward: Forward
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
@@ -56,14 +59,15 @@ def load(config: EngineConfig) -> LoadedModel:
         model_config = AutoConfig.from_pretrained(config.model, **options)
     except Exception as error:
         raise _not_found(config, error) from error
-    text_config = model_config.get_text_config()
-    architecture.check_config(text_config)
+    name, text_config = model_config.model_type, model_config.get_text_config(decoder=True)
+    architecture.check_config(name, text_config)
+    model_class = architecture.class_of(name, model_config)
     max_model_len = _max_model_len(config, text_config)
-    dtype = _dtype(config.dtype, device)
+    dtype = choose_dtype(config.dtype, model_config, device)
     model: Any
     report: dict[str, Any]
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(  # type: ignore[misc]  # by output_loading_info
+        model, report = model_class.from_pretrained(
             config.model,
             config=model_config,
             dtype=dtype,
@@ -79,8 +83,9 @@ def load(config: EngineConfig) -> LoadedModel:
             f"the checkpoint {config.model!r} lacks {len(missing)} of the model's weights, {missing[0]!r} "
             "for one: is it complete, and of a causal language model?"
         )
-    architecture.check_class(model, text_config)
+    architecture.check_class(name, model)
     model = model.eval().requires_grad_(False).to(device)
+    layers = architecture.layers_of(name, model, text_config, max_model_len)
     model.set_attn_implementation(NAME)
     vocab_size = min(text_config.vocab_size, model.get_input_embeddings().weight.shape[0])
     return LoadedModel(
@@ -88,39 +93,54 @@ def load(config: EngineConfig) -> LoadedModel:
         config=text_config,
         device=device,
         dtype=model.dtype,
-        layers=architecture.probe(model, text_config),
+        layers=layers,
+        forward=ModelForward(model, TorchBackend()),
         max_model_len=max_model_len,
         vocab_size=vocab_size,
         eos_token_ids=_eos_token_ids(model, text_config, vocab_size),
     )
 
 
-def cache_bytes(config: EngineConfig, loaded: LoadedModel) -> int:
-    """Memory for keys and values, now that the weights are in theirs.
+def make_cache(config: EngineConfig, loaded: LoadedModel, block_size: int) -> KeyValueCache:
+    """The memory for keys and values, now that the weights are in theirs: as much as is given, but no more
+    than all sequences at once can fill. One block of it is nobody's.
 
     Raises:
         EngineError: not even one sequence of full length fits.
     """
+    given, origin = _cache_bytes(config, loaded)
+    per_block = block_size * bytes_per_token(loaded.layers, loaded.dtype)
+    longest = -(-loaded.max_model_len // block_size)
+    num_blocks = min(given // per_block, config.max_num_seqs * longest + 1)
+    if num_blocks < longest + 1:
+        raise EngineError(
+            f"one sequence of max_model_len={loaded.max_model_len} tokens needs "
+            f"{(longest + 1) * per_block / GIB:.2f} GiB of keys and values, and {origin} "
+            f"{given / GIB:.2f} GiB: lower max_model_len (to {max(0, num_blocks - 1) * block_size} at most) "
+            "or raise kv_cache_memory"
+        )
+    try:
+        return KeyValueCache(loaded.layers, num_blocks, block_size, loaded.dtype, loaded.device)
+    except (RuntimeError, MemoryError) as error:  # torch has no common class for its allocators' refusals
+        raise EngineError(
+            f"no memory for {num_blocks * per_block / GIB:.2f} GiB of keys and values: lower kv_cache_memory "
+            f"({error})"
+        ) from error
+
+
+def _cache_bytes(config: EngineConfig, loaded: LoadedModel) -> tuple[int, str]:
+    """Memory for keys and values, and who says so."""
     available = _free_memory(loaded.device)
-    if config.kv_cache_memory is not None:
-        given, origin = int(config.kv_cache_memory * GIB), "kv_cache_memory gives"
-    else:
+    if config.kv_cache_memory is None:
         share = 0.9 if loaded.device.type == "cuda" else 0.5
-        given, origin = int(available * share), f"{share:.0%} of what is available are"
-    per_token = bytes_per_token(loaded.layers, loaded.dtype)
+        return int(available * share), f"{share:.0%} of what is available are"
+    given = int(config.kv_cache_memory * GIB)
     if given > available:
         raise EngineError(
             f"kv_cache_memory is {config.kv_cache_memory}, but {available / GIB:.2f} GiB are available on "
             f"{loaded.device}: lower kv_cache_memory"
         )
-    if loaded.max_model_len * per_token > given:
-        raise EngineError(
-            f"one sequence of max_model_len={loaded.max_model_len} tokens needs "
-            f"{loaded.max_model_len * per_token / GIB:.2f} GiB of keys and values, and {origin} "
-            f"{given / GIB:.2f} GiB: lower max_model_len (to {given // per_token} at most) or raise "
-            "kv_cache_memory"
-        )
-    return given
+    return given, "kv_cache_memory gives"
 
 
 def _free_memory(device: torch.device) -> int:
@@ -141,11 +161,17 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype | str:
-    if name == "auto":
-        return torch.float32 if device.type == "cpu" else "auto"
-    dtype: torch.dtype = getattr(torch, name)
-    return dtype
+def choose_dtype(name: str, model_config: Any, device: torch.device) -> torch.dtype | str:
+    """What `--dtype` means for this model here; "auto" is the checkpoint's own."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    if device.type != "cpu":
+        return "auto"
+    multiplies_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+    if model_config.dtype == torch.bfloat16 and multiplies_bfloat16:
+        return torch.bfloat16
+    return torch.float32
 
 
 def _check_folder(model: str) -> None:
@@ -193,6 +219,6 @@ def _eos_token_ids(model: Any, text_config: Any, vocab_size: int) -> tuple[int, 
     """Those of the generation config, which chat checkpoints keep more complete, else of the model's."""
     ids = getattr(model.generation_config, "eos_token_id", None)
     if ids is None:
-        ids = text_config.eos_token_id
+        ids = getattr(text_config, "eos_token_id", None)
     ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     return tuple(id for id in ids if 0 <= id < vocab_size)

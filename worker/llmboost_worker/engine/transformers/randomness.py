@@ -10,7 +10,6 @@ constants of its finaliser as in Vigna's public-domain splitmix64.c). Its n-th o
 seed's mix and the choice: neighbouring seeds and choices share nothing.
 """
 
-import torch
 from torch import Tensor
 
 MASK = (1 << 64) - 1
@@ -27,27 +26,35 @@ def mix(x: int) -> int:
 
 
 def stream(seed: int, choice: int) -> int:
-    """The state that all positions of one choice share; any integer is a seed, by its low 64 bits."""
-    return mix(mix(seed + GAMMA) + (choice + 1) * GAMMA)
+    """The state that all positions of one choice share, as a signed 64-bit integer; any integer is a seed, by
+    its low 64 bits."""
+    return _signed(mix(mix(seed + GAMMA) + (choice + 1) * GAMMA))
 
 
-def key(state: int, position: int) -> int:
-    """The state that all candidates for one position share."""
-    return mix(state + (position + 1) * GAMMA)
+def keys(states: Tensor, positions: Tensor) -> Tensor:
+    """The states that all candidates for one position share.
+
+    Args:
+        states: [rows], int64, of `stream`
+        positions: [rows], int64
+
+    Returns:
+        [rows], int64
+    """
+    return _mix_all(states + (positions + 1) * _signed(GAMMA))
 
 
-def exponentials(keys: list[int], candidates: Tensor) -> Tensor:
+def exponentials(keys: Tensor, candidates: Tensor) -> Tensor:
     """Independent draws of the exponential distribution of mean 1, none of them 0.
 
     Args:
-        keys: [rows], of `key`
+        keys: [rows], of `keys`
         candidates: [rows or 1, n], int64, not negative
 
     Returns:
         [rows, n], float64
     """
-    rows = torch.tensor([_signed(each) for each in keys], device=candidates.device)
-    bits = _mix_all(rows[:, None] + (candidates + 1) * _signed(GAMMA))
+    bits = _mix_all(keys[:, None] + (candidates + 1) * _signed(GAMMA))
     return -((_shift(bits, 12).double() + 0.5) * 2.0**-52).log()
 
 

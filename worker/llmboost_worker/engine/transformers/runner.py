@@ -1,95 +1,121 @@
 """One forward of the model per step."""
 
 import logging
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers import sampler
-from llmboost_worker.engine.transformers.attention import DecodeSegment, PrefillSegment, Segment, attending
-from llmboost_worker.engine.transformers.cache import Slot
-from llmboost_worker.engine.transformers.sampler import Draw
+from llmboost_worker.engine.transformers import failures, scoring
+from llmboost_worker.engine.transformers.cache import KeyValueCache
+from llmboost_worker.engine.transformers.forward import Forward
+from llmboost_worker.engine.transformers.layout import StepLayout
+from llmboost_worker.engine.transformers.sampler import Draw, Sampler
+from llmboost_worker.engine.transformers.scoring import PromptScores
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 logger = logging.getLogger(__name__)
+
+UNSOUND = "the model's keys and values are not numbers (NaN) or infinite; a wider dtype may help"
 
 
 class ModelRunner:
     """Computes the scheduled tokens of a batch and draws the next ones."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self._model = model
+    def __init__(self, forward: Forward, cache: KeyValueCache, device: torch.device) -> None:
+        self._forward = forward
+        self._cache = cache
         self._device = device
+        self._sampler = Sampler()
 
     def run(self, batch: list[Sequence]) -> dict[str, Draw]:
         """By sequence id, for the sequences whose last token this step reaches and for those that fail.
 
-        If the step throws, halves of it are tried until the culprits are found. That is safe to do: a second
-        forward writes the same keys and values into the same places.
+        If the step throws, halves of it are tried until the culprits are found, and of a sequence that has no
+        memory for its chunk half of that: its `num_scheduled` says how much was computed. That is safe to do:
+        a second forward writes the same keys and values into the same places.
 
         Raises:
             torch.AcceleratorError: the device is lost; nothing can be computed any more.
         """
+        batch = scoring.bounded(batch)
         try:
-            logits, sampled = self.forward(batch)
-            draws = sampler.sample(logits, sampled) if sampled else []
-            return {sequence.id: draw for sequence, draw in zip(sampled, draws, strict=True)}
-        except torch.AcceleratorError:
-            raise
+            ordered = in_order(batch)
+            layout = StepLayout.of(ordered, self._cache.block_size, self._device)
+            logits, sampled = self.forward(ordered, layout)
+            drawn = self._sampler.sample(logits, sampled) if sampled else []
+            draws = {sequence.id: draw for sequence, draw in zip(sampled, drawn, strict=True)}
+            return draws | self._unsound(ordered, layout)
         except Exception as error:
-            if self._device.type == "cuda":
-                torch.cuda.empty_cache()
-            if len(batch) == 1:
+            if failures.is_device_lost(error):
+                raise
+            shorter = failures.is_out_of_memory(error) and batch[0].num_scheduled > 1
+            if len(batch) == 1 and not shorter:
                 logger.exception("sequence %s failed in a step", batch[0].id)
-                return {batch[0].id: Draw(error=f"{type(error).__name__}: {error}")}
+                return {batch[0].id: Draw(error=failures.explain(error))}
+        # Not before: the exception held what the step had allocated.
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+        if len(batch) == 1:
+            batch[0].num_scheduled //= 2
+            logger.warning(
+                "sequence %s has no memory for its chunk; trying %d tokens",
+                batch[0].id,
+                batch[0].num_scheduled,
+            )
+            return self.run(batch)
         middle = len(batch) // 2
         return self.run(batch[:middle]) | self.run(batch[middle:])
 
-    def forward(self, batch: list[Sequence]) -> tuple[Tensor, list[Sequence]]:
+    def forward(self, ordered: list[Sequence], layout: StepLayout) -> tuple[Tensor, list[Sequence]]:
         """The logits [sampled, vocabulary] after the last token of each sequence that this step completes,
-        and those sequences."""
-        ordered, segments = self._pack(batch)
+        and those sequences.
+
+        Args:
+            ordered: as by `in_order`
+        """
         tokens: list[int] = []
-        positions: list[int] = []
         last_rows: list[int] = []
         sampled: list[Sequence] = []
+        scores = PromptScores()
         for sequence in ordered:
-            end = sequence.num_cached + sequence.num_scheduled
-            tokens += sequence.tokens[sequence.num_cached : end]
-            positions += range(sequence.num_cached, end)
+            scores.add(sequence, len(tokens))
+            tokens += sequence.tokens[sequence.num_cached : sequence.num_cached + sequence.num_scheduled]
             if sequence.is_sampled:
                 sampled.append(sequence)
                 last_rows.append(len(tokens) - 1)
-        all_rows = len(last_rows) == len(tokens)
-        with attending(segments):
-            output = self._model(
-                input_ids=torch.tensor([tokens], device=self._device),
-                position_ids=torch.tensor([positions], device=self._device),
-                use_cache=False,
-                # Projecting to the vocabulary is the widest product of all: only rows that are sampled.
-                logits_to_keep=0
-                if all_rows
-                else torch.tensor(last_rows, dtype=torch.int64, device=self._device),
-            )
-        return output.logits[0], sampled
+        ids = torch.tensor(tokens, device=self._device)
+        rows, num_scored = None, len(scores.rows)
+        if num_scored or len(last_rows) < len(tokens):
+            rows = torch.tensor(scores.rows + last_rows, dtype=torch.int64, device=self._device)
+        logits = self._forward(ids, layout, self._cache, rows)
+        if num_scored:
+            scores.take(logits[:num_scored])
+        return logits[num_scored:], sampled
 
-    def _pack(self, batch: list[Sequence]) -> tuple[list[Sequence], list[Segment]]:
-        """The order of the sequences in the row of tokens, and what each part of it attends to."""
-        decoding = [(slot, sequence) for slot, sequence in _slots(batch) if sequence.is_decoding]
-        decoding.sort(key=lambda pair: (pair[0].slab.capacity, pair[0].index))
-        prefilling = [(slot, sequence) for slot, sequence in _slots(batch) if not sequence.is_decoding]
-        segments: list[Segment] = []
-        for capacity in sorted({slot.slab.capacity for slot, _ in decoding}):
-            same = [(slot, sequence) for slot, sequence in decoding if slot.slab.capacity == capacity]
-            slots = [slot for slot, _ in same]
-            segments.append(
-                DecodeSegment.of(slots, [sequence.num_cached for _, sequence in same], self._device)
-            )
-        for slot, sequence in prefilling:
-            segments.append(PrefillSegment(slot, sequence.num_cached, sequence.num_scheduled))
-        return [sequence for _, sequence in decoding + prefilling], segments
+    def _unsound(self, ordered: list[Sequence], layout: StepLayout) -> dict[str, Draw]:
+        """Errors for chunks whose keys and values are not numbers, as of bad weights. Of decoding sequences
+        the logits tell, which a chunk in the middle of its prompt doesn't have; and others must not find
+        it in the prefix cache."""
+        chunks = np.array([not sequence.is_decoding for sequence in ordered])
+        if not chunks.any():
+            return {}
+        rows = torch.from_numpy(np.repeat(chunks, layout.rows)).to(self._device)
+        sound = self._cache.sound(layout.slots[rows])
+        if sound.all():
+            return {}
+        owners = np.repeat(np.arange(len(ordered)), layout.rows * chunks)
+        broken = {ordered[i].id for i in owners[~sound.cpu().numpy()]}
+        return dict.fromkeys(broken, Draw(error=UNSOUND))
 
 
-def _slots(batch: list[Sequence]) -> list[tuple[Slot, Sequence]]:
-    return [(sequence.slot, sequence) for sequence in batch if sequence.slot is not None]
+def in_order(batch: list[Sequence]) -> list[Sequence]:
+    """The order of the sequences in the row of tokens: one row each first, by length, then chunks by theirs,
+    so that what is alike stands together."""
+    return sorted(
+        batch,
+        key=lambda sequence: (
+            sequence.num_scheduled > 1,
+            sequence.num_cached if sequence.num_scheduled == 1 else sequence.num_scheduled,
+        ),
+    )

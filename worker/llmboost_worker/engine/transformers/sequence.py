@@ -1,16 +1,12 @@
 """One sequence on its way through the engine: its tokens, how far it is computed, when it ends."""
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 from numpy.typing import NDArray
 
 from llmboost_worker.engine.grammar import Compiled, Matcher
-from llmboost_worker.engine.interface import EngineInfo, FinishReason, SequenceRequest
+from llmboost_worker.engine.interface import EngineInfo, FinishReason, SequenceRequest, TokenLogprobs
 from llmboost_worker.engine.transformers import randomness
-
-if TYPE_CHECKING:
-    from llmboost_worker.engine.transformers.cache import Slot
+from llmboost_worker.engine.transformers.blocks import BlockTable
 
 
 class Sequence:
@@ -34,15 +30,19 @@ class Sequence:
         self.max_tokens = request.max_tokens
 
         self.num_cached = 0
-        """Tokens whose keys and values are in the slot."""
+        """Tokens whose keys and values are in its blocks."""
         self.num_scheduled = 0
         """Tokens that the step under way computes."""
-        self.slot: Slot | None = None
+        self.table = BlockTable()
+        self.num_found: int | None = None
+        """Tokens of the prompt that were in the prefix cache when it first began; 0 once that is reported."""
 
         self.random_state = randomness.stream(sampling.seed, request.choice)
         stops = {token for token in sampling.stop_token_ids if 0 <= token < info.vocab_size}
-        self.matcher = _matcher(request)
+        self.matcher: Matcher | None = None
         """What its grammar allows next."""
+        if isinstance(request.grammar, Compiled):
+            self.matcher = request.grammar.matcher(self.num_prompt, holds_end=sampling.ignore_eos)
         # With a grammar the end is allowed only where the output may end, or must.
         ignores_end = sampling.ignore_eos and self.matcher is None
         self.stop_ids = frozenset(stops if ignores_end else stops.union(info.eos_token_ids))
@@ -50,6 +50,10 @@ class Sequence:
         """Not drawn before `min_tokens`."""
         self.bias_ids = np.array(list(sampling.logit_bias.keys()), dtype=np.int64)
         self.bias_values = np.array(list(sampling.logit_bias.values()), dtype=np.float32)
+        self.prompt_logprobs: list[TokenLogprobs | None] | None = None
+        """Of the prompt's tokens, as far as it is computed; None: not asked for, or given away."""
+        if sampling.prompt_logprobs is not None:
+            self.prompt_logprobs = [None]
         penalised = (
             sampling.presence_penalty or sampling.frequency_penalty or sampling.repetition_penalty != 1.0
         )
@@ -68,13 +72,29 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Only the token drawn last is missing from the slot."""
+        """Only the token drawn last is missing from its blocks."""
         return self.num_cached > 0 and self.num_uncached == 1
+
+    @property
+    def most_tokens(self) -> int:
+        """Prompt and output, if nothing ends it before its limit."""
+        return max(len(self.tokens), self.num_prompt + self.max_tokens)
+
+    @property
+    def is_scored(self) -> bool:
+        """Tokens of its prompt still want their logprobs, which come from computing it."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
 
     @property
     def is_sampled(self) -> bool:
         """The step under way reaches the last token, so the next one can be drawn."""
         return self.num_scheduled == self.num_uncached
+
+    def begin(self, num_found: int) -> None:
+        """It has blocks, of which the first hold `num_found` tokens already."""
+        self.num_cached = num_found
+        if self.num_found is None:
+            self.num_found = min(num_found, self.num_prompt)
 
     def append(self, token: int) -> None:
         """Takes a drawn token."""
@@ -126,14 +146,6 @@ class TokenCounts:
             self._ids[index] = token
             self._size += 1
         self._counts[index] += 1
-
-
-def _matcher(request: SequenceRequest) -> Matcher | None:
-    if request.sampling.grammar is None:
-        return None
-    if not isinstance(request.grammar, Compiled):
-        raise ValueError("its grammar has not been compiled")
-    return request.grammar.matcher(len(request.prompt_ids), holds_end=request.sampling.ignore_eos)
 
 
 def _check(request: SequenceRequest, info: EngineInfo) -> None:

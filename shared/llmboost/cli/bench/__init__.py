@@ -1,0 +1,1 @@
+"""`llmboost bench`: how fast a server with OpenAI's protocol is, ours or another's."""

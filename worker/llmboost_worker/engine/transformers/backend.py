@@ -1,0 +1,50 @@
+"""What computes attention over the blocks: one interface, chosen once, when a model is loaded."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from llmboost_worker.engine.transformers.layout import StepLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Formula:
+    """A layer's own parameters."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    """A token sees this many tokens, itself included."""
+    sinks: Tensor | None = None
+    """[heads]: of each head, the score of nothing, which takes its share of the attention."""
+
+
+class AttentionBackend(ABC):
+    """Attention of one layer, for all rows of a step. Each row sees what its sequence has up to itself."""
+
+    @abstractmethod
+    def write(
+        self, layer_keys: Tensor, layer_values: Tensor, key: Tensor, value: Tensor, layout: StepLayout
+    ) -> None:
+        """Stores the step's keys and values.
+
+        Args:
+            layer_keys: [blocks, block_size, key_heads, key_dim], the layer's part of the cache
+            layer_values: [blocks, block_size, key_heads, value_dim]
+            key: [T, key_heads, key_dim]; any strides
+            value: [T, key_heads, value_dim]
+        """
+
+    @abstractmethod
+    def attend(
+        self, layer_keys: Tensor, layer_values: Tensor, query: Tensor, layout: StepLayout, formula: Formula
+    ) -> Tensor:
+        """After `write`.
+
+        Args:
+            query: [T, heads, key_dim]; any strides. `heads` is a multiple of `key_heads`
+
+        Returns:
+            [T, heads, value_dim]
+        """

@@ -1,0 +1,128 @@
+"""Attention over the blocks by compiled kernels, on a CPU: keys and values are read where they lie."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.cache import LayerShape
+from llmboost_worker.engine.transformers.kernels import PART, Attention, Kernels, scratch_size
+from llmboost_worker.engine.transformers.layout import StepLayout
+from llmboost_worker.engine.transformers.torch_backend import TorchBackend
+
+SHORT = 32
+"""Rows of a chunk up to which the kernel is the faster one; it reads the context once per row. Longer chunks
+are products of matrices, which torch does better."""
+
+
+class CompiledBackend(AttentionBackend):
+    """The kernel for decoding rows and short chunks, torch for the rest."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self._kernels = kernels
+        self._torch = TorchBackend()
+        self._formulas: dict[tuple[Any, ...], Attention] = {}
+        self._scratch = torch.empty(0)
+        # A row's context is shared out only where rows and heads don't keep the threads busy by themselves.
+        self._few = 4 * torch.get_num_threads()
+
+    @staticmethod
+    def fits(layers: list[LayerShape], num_heads: int) -> bool:
+        """Whether the kernel can attend in all layers."""
+        return all(
+            Kernels.attends(num_heads, layer.heads, layer.key_dim, layer.value_dim) for layer in layers
+        )
+
+    def write(
+        self, layer_keys: Tensor, layer_values: Tensor, key: Tensor, value: Tensor, layout: StepLayout
+    ) -> None:
+        self._torch.write(layer_keys, layer_values, key, value, layout)
+
+    def attend(
+        self, layer_keys: Tensor, layer_values: Tensor, query: Tensor, layout: StepLayout, formula: Formula
+    ) -> Tensor:
+        if formula.sinks is not None:
+            return self._torch.attend(layer_keys, layer_values, query, layout, formula)
+        plan: _Plan | None = layout.plans.get(CompiledBackend)
+        if plan is None:
+            plan = layout.plans[CompiledBackend] = _Plan.of(layout)
+        out = query.new_empty(len(query), query.shape[1], layer_values.shape[3])
+        if len(plan.owners):
+            if query.stride(2) != 1 or query.stride(1) != query.shape[2]:
+                query = query.contiguous()
+            self._attend(layer_keys, layer_values, query, layout, plan, formula, out)
+        if plan.rest is not None:
+            first = len(plan.owners)
+            out[first:] = self._torch.attend(layer_keys, layer_values, query[first:], plan.rest, formula)
+        return out
+
+    def _attend(
+        self,
+        layer_keys: Tensor,
+        layer_values: Tensor,
+        query: Tensor,
+        layout: StepLayout,
+        plan: "_Plan",
+        formula: Formula,
+        out: Tensor,
+    ) -> None:
+        heads, key_heads, value_dim = query.shape[1], layer_keys.shape[2], layer_values.shape[3]
+        how = self._how(heads, layer_keys, value_dim, formula)
+        scratch, rows = None, len(plan.owners)
+        if rows * key_heads < self._few and plan.most_parts > 1:
+            size = scratch_size(rows, heads, key_heads, value_dim, plan.most_parts)
+            if len(self._scratch) < size:
+                self._scratch = torch.empty(2 * size)
+            scratch = self._scratch
+        self._kernels.attend(
+            how,
+            query,
+            layer_keys,
+            layer_values,
+            layout.block_tables,
+            plan.owners,
+            layout.positions,
+            out,
+            scratch,
+            plan.most_parts,
+        )
+
+    def _how(self, heads: int, layer_keys: Tensor, value_dim: int, formula: Formula) -> Attention:
+        _, block_size, key_heads, key_dim = layer_keys.shape
+        key = (heads, key_heads, key_dim, value_dim, block_size, formula)
+        how = self._formulas.get(key)
+        if how is None:
+            how = self._formulas[key] = Attention(
+                heads,
+                key_heads,
+                key_dim,
+                value_dim,
+                block_size,
+                formula.scale,
+                formula.softcap or 0.0,
+                formula.window or 0,
+            )
+        return how
+
+
+@dataclass(slots=True)
+class _Plan:
+    """Which rows the kernel attends for: the first ones."""
+
+    owners: Tensor
+    """[those rows], int32: the sequence of each."""
+    most_parts: int
+    """Of a context, as the kernel divides it."""
+    rest: StepLayout | None
+    """Of the sequences whose chunks are long."""
+
+    @classmethod
+    def of(cls, layout: StepLayout) -> "_Plan":
+        short = int((layout.rows <= SHORT).argmin()) if (layout.rows > SHORT).any() else len(layout.rows)
+        owners = np.repeat(np.arange(short, dtype=np.int32), layout.rows[:short])
+        longest = int(layout.ends[:short].max()) if short else 0
+        rest = layout.tail(short) if short < len(layout.rows) else None
+        return cls(torch.from_numpy(owners), -(-longest // PART), rest)

@@ -1,0 +1,475 @@
+// What a decoding step on a CPU does between its matrix products, without a call into torch for each operation.
+//
+// Each function takes rows (tokens) of a type T, computes in float and rounds where transformers' modules round,
+// so that a row depends on nothing but itself: not on its neighbours, nor on the number of threads.
+//
+// Vectors are GCC's and Clang's vector extensions, 16 floats each; the compiler maps them to whatever the machine has.
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+constexpr int WIDTH = 16;      // floats in a vector
+constexpr int PART = 256;      // tokens of a context that are attended to at a time
+constexpr int AHEAD = 12;      // tokens
+constexpr int GROUP = 4;       // query heads that share the keys they read
+constexpr int MAX_DIM = 256;   // of a head; `Kernels.supports` checks both
+constexpr int MAX_GROUPS = 16; // query heads per key head
+
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef float Halves __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float Quarters __attribute__((vector_size(16), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+
+// GCC 12 converts vectors of integers one by one, where AVX-512 has an instruction for all of them.
+#ifdef __AVX512F__
+inline Words widened(Shorts x) { return (Words)_mm512_cvtepu16_epi32((__m256i)x); }
+inline Shorts narrowed(Words x) { return (Shorts)_mm512_cvtepi32_epi16((__m512i)x); }
+inline Ints widened(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
+#else
+inline Words widened(Shorts x) { return __builtin_convertvector(x, Words); }
+inline Shorts narrowed(Words x) { return __builtin_convertvector(x, Shorts); }
+inline Ints widened(Bytes x) { return __builtin_convertvector(x, Ints); }
+#endif
+
+inline Floats load(const BFloat16* from) {
+  return (Floats)(widened(*reinterpret_cast<const Shorts*>(from)) << 16);
+}
+
+inline void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
+
+inline void store(BFloat16* to, Floats x) {  // to nearest, ties to even; NaN stays NaN
+  Words bits = (Words)x;
+  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  rounded = (x == x) ? rounded : (bits >> 16) | 0x40;
+  *reinterpret_cast<Shorts*>(to) = narrowed(rounded);
+}
+
+template <class T>
+inline Floats rounded(Floats x) {  // as if stored and loaded again
+  T memory[WIDTH];
+  store(memory, x);
+  return load(memory);
+}
+
+inline Floats all(float x) { return Floats{} + x; }
+inline Floats least(Floats a, Floats b) { return a < b ? a : b; }
+inline Floats most(Floats a, Floats b) { return a < b ? b : a; }
+
+inline float sum(Floats x) {
+  Halves a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
+             __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
+  Quarters b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
+  return (b[0] + b[2]) + (b[1] + b[3]);
+}
+
+inline float largest(Floats x) {
+  float best = x[0];
+  for (int i = 1; i < WIDTH; i++) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+// Cephes' expf (S. Moshier), two units in the last place; what is below e^-87 comes out as that. NaN stays NaN.
+inline Floats exponential(Floats exponent) {
+  Floats x = least(most(exponent, all(-87.0f)), all(88.0f));
+  Floats scaled = x * 1.44269504088896341f;
+  Ints power = __builtin_convertvector(scaled + (scaled < 0.0f ? all(-0.5f) : all(0.5f)), Ints);
+  Floats whole = __builtin_convertvector(power, Floats);
+  Floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  Floats p = all(1.9875691500e-4f);
+  p = p * rest + 1.3981999507e-3f;
+  p = p * rest + 8.3334519073e-3f;
+  p = p * rest + 4.1665795894e-2f;
+  p = p * rest + 1.6666665459e-1f;
+  p = p * rest + 5.0000001201e-1f;
+  p = (p * rest * rest + rest + 1.0f) * (Floats)((power + 127) << 23);
+  return exponent == exponent ? p : exponent;
+}
+
+inline Floats hyperbolic_tangent(Floats x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
+
+// Attention ------------------------------------------------------------------------------------------------------
+
+struct Attention {
+  int heads, key_heads, key_dim, value_dim, block_size;
+  float scale, softcap;  // softcap 0: none
+  int window;            // 0: none
+};
+
+// Sums of four vectors: in each quarter first, then across them.
+inline Quarters sums(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
+#define LOW(x, y) __builtin_shufflevector(x, y, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define HIGH(x, y) __builtin_shufflevector(x, y, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define LOW2(x, y) __builtin_shufflevector(x, y, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH2(x, y) __builtin_shufflevector(x, y, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+  const Floats ab = LOW(a, b) + HIGH(a, b), cd = LOW(c, d) + HIGH(c, d);
+  const Floats all = LOW2(ab, cd) + HIGH2(ab, cd);
+#undef LOW
+#undef HIGH
+#undef LOW2
+#undef HIGH2
+  const Halves half = __builtin_shufflevector(all, all, 0, 1, 2, 3, 4, 5, 6, 7) +
+                      __builtin_shufflevector(all, all, 8, 9, 10, 11, 12, 13, 14, 15);
+  return __builtin_shufflevector(half, half, 0, 1, 2, 3) + __builtin_shufflevector(half, half, 4, 5, 6, 7);
+}
+
+// Where the tokens [begin, end) of a sequence lie, as rows of the cache; padded to a multiple of four with the last.
+inline void find(const int32_t* table, int block_size, int begin, int end, int64_t* rows) {
+  int block = begin / block_size, offset = begin % block_size, count = 0;
+  for (int i = begin; i < end; i++) {
+    rows[count++] = int64_t(table[block]) * block_size + offset;
+    if (++offset == block_size) offset = 0, block++;
+  }
+  for (; count % 4; count++) rows[count] = rows[count - 1];
+}
+
+// Keys or values of one key head.
+template <class T>
+struct Heads {
+  const T* first;  // of [tokens, key_heads, dim]
+  int64_t stride;
+  int dim;
+};
+
+// The blocks lie scattered, which no processor foresees: what follows is asked for while this is computed.
+template <class T>
+inline void prefetch(const T* head, int dim) {
+  for (int line = 0; line < dim * int(sizeof(T)); line += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(head) + line);
+}
+
+// Attends to `count` tokens, at most PART: sums of values weighted by exp(score - top), the sum of those weights, and
+// top.
+template <class T, int N>
+void attend_part(const float* query, const Heads<T>& keys, const Heads<T>& values, const int64_t* rows, int count,
+                 float softcap, float* out, float* total, float* top) {
+  float weights[N][PART];
+  for (int t = 0; t < count; t += 4) {
+    const T* key[4];
+    for (int i = 0; i < 4; i++) {
+      key[i] = keys.first + rows[t + i] * keys.stride;
+      if (t + i + AHEAD < count) prefetch(keys.first + rows[t + i + AHEAD] * keys.stride, keys.dim);
+      prefetch(values.first + rows[t + i] * values.stride, values.dim);
+    }
+    Floats products[N][4] = {};
+    for (int d = 0; d < keys.dim; d += WIDTH) {
+      Floats k[4];
+      for (int i = 0; i < 4; i++) k[i] = load(key[i] + d);
+      for (int n = 0; n < N; n++) {
+        const Floats q = load(query + n * keys.dim + d);
+        for (int i = 0; i < 4; i++) products[n][i] += q * k[i];
+      }
+    }
+    for (int n = 0; n < N; n++)
+      *reinterpret_cast<Quarters*>(weights[n] + t) = sums(products[n][0], products[n][1], products[n][2], products[n][3]);
+  }
+  const int padded = (count + WIDTH - 1) / WIDTH * WIDTH;
+  for (int n = 0; n < N; n++) {
+    float* row = weights[n];
+    if (softcap > 0)
+      for (int t = 0; t < padded; t += WIDTH) store(row + t, hyperbolic_tangent(load(row + t) / softcap) * softcap);
+    for (int t = count; t < padded; t++) row[t] = -INFINITY;
+    Floats best = all(-INFINITY), total_weight = {};
+    for (int t = 0; t < padded; t += WIDTH) best = most(best, load(row + t));
+    top[n] = largest(best);
+    for (int t = 0; t < padded; t += WIDTH) {
+      Floats weight = exponential(load(row + t) - top[n]);
+      for (int i = count - t; i < WIDTH; i++) weight[i] = 0;
+      total_weight += weight;
+      store(row + t, weight);
+    }
+    total[n] = sum(total_weight);
+  }
+  for (int d = 0; d < values.dim; d += WIDTH) {
+    Floats sums_of_values[N] = {};
+    for (int t = 0; t < count; t += 4) {  // what pads the rows weighs 0
+      Floats v[4];
+      for (int i = 0; i < 4; i++) v[i] = load(values.first + rows[t + i] * values.stride + d);
+      for (int n = 0; n < N; n++)
+        for (int i = 0; i < 4; i++) sums_of_values[n] += v[i] * weights[n][t + i];
+    }
+    for (int n = 0; n < N; n++) store(out + n * values.dim + d, sums_of_values[n]);
+  }
+}
+
+// What one key head's query heads have gathered so far.
+struct Sums {
+  float* out;  // [groups, value_dim]
+  float *total, *top;
+};
+
+// Takes a further part into account ("online softmax", Milakov & Gimelshein, arXiv:1805.02867).
+void merge(Sums& all_parts, const Sums& part, int groups, int dim) {
+  for (int g = 0; g < groups; g++) {
+    const float top = all_parts.top[g] > part.top[g] ? all_parts.top[g] : part.top[g];
+    const float old = std::exp(all_parts.top[g] - top), fresh = std::exp(part.top[g] - top);
+    all_parts.total[g] = all_parts.total[g] * old + part.total[g] * fresh;
+    all_parts.top[g] = top;
+    float *a = all_parts.out + g * dim, *b = part.out + g * dim;
+    for (int d = 0; d < dim; d += WIDTH) store(a + d, load(a + d) * old + load(b + d) * fresh);
+  }
+}
+
+template <class T>
+struct Attend {
+  const Attention& how;
+  const T* query;
+  int64_t query_stride;
+  const T *keys, *values;
+  const int32_t* tables;
+  int64_t table_stride;
+  const int32_t* owners;
+  const int64_t* positions;
+  T* out;
+
+  int groups() const { return how.heads / how.key_heads; }
+  int end(int row) const { return int(positions[row]) + 1; }
+  int begin(int row) const { return how.window && end(row) > how.window ? end(row) - how.window : 0; }
+  int parts(int row) const { return (end(row) - begin(row) + PART - 1) / PART; }
+
+  void part(int row, int head, int index, Sums into) const {
+    const int first = begin(row) + index * PART, last = end(row) < first + PART ? end(row) : first + PART;
+    int64_t found[PART + 4];
+    find(tables + owners[row] * table_stride, how.block_size, first, last, found);
+    const Heads<T> k{keys + int64_t(head) * how.key_dim, int64_t(how.key_heads) * how.key_dim, how.key_dim};
+    const Heads<T> v{values + int64_t(head) * how.value_dim, int64_t(how.key_heads) * how.value_dim, how.value_dim};
+    const T* queries = query + row * query_stride + int64_t(head) * groups() * how.key_dim;
+    float scaled[GROUP * MAX_DIM];
+    for (int g = 0; g < groups();) {
+      const int left = groups() - g, many = left < GROUP ? left : GROUP;
+      for (int i = 0; i < many * how.key_dim; i += WIDTH)
+        store(scaled + i, load(queries + g * how.key_dim + i) * how.scale);
+      float *o = into.out + g * how.value_dim, *total = into.total + g, *top = into.top + g;
+      switch (many) {
+        case 1: attend_part<T, 1>(scaled, k, v, found, last - first, how.softcap, o, total, top); break;
+        case 2: attend_part<T, 2>(scaled, k, v, found, last - first, how.softcap, o, total, top); break;
+        case 3: attend_part<T, 3>(scaled, k, v, found, last - first, how.softcap, o, total, top); break;
+        default: attend_part<T, 4>(scaled, k, v, found, last - first, how.softcap, o, total, top);
+      }
+      g += many;
+    }
+  }
+
+  void write(int row, int head, const Sums& sums) const {
+    T* to = out + (int64_t(row) * how.heads + int64_t(head) * groups()) * how.value_dim;
+    for (int g = 0; g < groups(); g++)
+      for (int d = 0; d < how.value_dim; d += WIDTH)
+        store(to + g * how.value_dim + d, load(sums.out + g * how.value_dim + d) * (1.0f / sums.total[g]));
+  }
+
+  // One thread does a row's key head.
+  void whole(int row, int head) const {
+    float memory[2][MAX_GROUPS * (MAX_DIM + 2)];
+    Sums sums = split(memory[0]), next = split(memory[1]);
+    part(row, head, 0, sums);
+    for (int i = 1; i < parts(row); i++) {
+      part(row, head, i, next);
+      merge(sums, next, groups(), how.value_dim);
+    }
+    write(row, head, sums);
+  }
+
+  int size() const { return groups() * (how.value_dim + 2); }
+  Sums split(float* memory) const {
+    float* total = memory + groups() * how.value_dim;
+    return {memory, total, total + groups()};
+  }
+};
+
+// `scratch`: [rows, key_heads, most parts, groups * (value_dim + 2)] floats, or null: a thread does all parts of a row.
+template <class T>
+void attend(const Attend<T>& task, int rows, float* scratch, int most_parts) {
+  const int heads = task.how.key_heads, items = rows * heads;
+  if (scratch == nullptr) {
+#pragma omp parallel for schedule(dynamic, 1) if (items > 1)
+    for (int i = 0; i < items; i++) task.whole(i / heads, i % heads);
+    return;
+  }
+#pragma omp parallel for schedule(dynamic, 1)
+  for (int i = 0; i < items * most_parts; i++) {
+    const int row = i / most_parts / heads;
+    if (i % most_parts < task.parts(row))
+      task.part(row, i / most_parts % heads, i % most_parts, task.split(scratch + int64_t(i) * task.size()));
+  }
+  for (int i = 0; i < items; i++) {
+    float* parts = scratch + int64_t(i) * most_parts * task.size();
+    Sums sums = task.split(parts);
+    for (int p = 1; p < task.parts(i / heads); p++)
+      merge(sums, task.split(parts + int64_t(p) * task.size()), task.groups(), task.how.value_dim);
+    task.write(i / heads, i % heads, sums);
+  }
+}
+
+// Between the products ---------------------------------------------------------------------------------------------
+
+// Starting the threads costs more than this many elements do.
+constexpr int64_t ALONE = 1 << 16;
+
+template <class T>
+inline float scale_of(const T* row, int dim, float epsilon) {
+  Floats squares = {};
+  for (int d = 0; d < dim; d += WIDTH) squares += load(row + d) * load(row + d);
+  return 1.0f / std::sqrt(sum(squares) / float(dim) + epsilon);
+}
+
+template <class T>
+inline void normalise(const T* row, const T* weight, float epsilon, T* out, int dim) {
+  const float scale = scale_of(row, dim, epsilon);
+  for (int d = 0; d < dim; d += WIDTH) store(out + d, rounded<T>(load(row + d) * scale) * load(weight + d));
+}
+
+// residual += x (unless x is null); out = RMS norm of residual.
+template <class T>
+void add_rms_norm(const T* x, T* residual, const T* weight, float epsilon, T* out, int rows, int dim) {
+#pragma omp parallel for schedule(static) if (int64_t(rows) * dim > ALONE)
+  for (int r = 0; r < rows; r++) {
+    T* row = residual + int64_t(r) * dim;
+    if (x != nullptr)
+      for (int d = 0; d < dim; d += WIDTH) store(row + d, load(row + d) + load(x + int64_t(r) * dim + d));
+    normalise(row, weight, epsilon, out + int64_t(r) * dim, dim);
+  }
+}
+
+// [rows, gate and up] -> [rows, dim]: silu(gate) * up.
+template <class T>
+void silu_mul(const T* gate_up, T* out, int rows, int dim) {
+#pragma omp parallel for schedule(static) if (int64_t(rows) * dim > ALONE)
+  for (int r = 0; r < rows; r++) {
+    const T *gate = gate_up + int64_t(r) * 2 * dim, *up = gate + dim;
+    for (int d = 0; d < dim; d += WIDTH) {
+      const Floats x = load(gate + d);
+      store(out + int64_t(r) * dim + d, rounded<T>(x / (exponential(-x) + 1.0f)) * load(up + d));
+    }
+  }
+}
+
+struct Rotation {
+  int heads, key_heads, dim, value_dim;
+  int rotated;             // the first dimensions of a head, a multiple of 2 * WIDTH
+  const float *cos, *sin;  // [positions, rotated]
+  float epsilon;
+};
+
+template <class T>
+inline void rotate(T* head, const float* cos, const float* sin, int half) {
+  for (int i = 0; i < half; i += WIDTH) {
+    const Floats a = load(head + i), b = load(head + half + i);
+    store(head + i, a * load(cos + i) - b * load(sin + i));
+    store(head + half + i, b * load(cos + half + i) + a * load(sin + half + i));
+  }
+}
+
+// qkv [rows, queries, keys and values]: norms of heads (unless null), rotary positions, and what is to be kept into
+// its slot.
+template <class T>
+void rotate_and_store(T* qkv, const Rotation& how, const T* query_norm, const T* key_norm, const int64_t* positions,
+                      const int64_t* slots, T* keys, T* values, int rows) {
+  const int64_t key_row = int64_t(how.key_heads) * how.dim, value_row = int64_t(how.key_heads) * how.value_dim;
+  const int64_t stride = how.heads * how.dim + key_row + value_row;
+#pragma omp parallel for schedule(static) if (rows * stride > ALONE)
+  for (int r = 0; r < rows; r++) {
+    T* row = qkv + r * stride;
+    const float *cos = how.cos + positions[r] * how.rotated, *sin = how.sin + positions[r] * how.rotated;
+    for (int h = 0; h < how.heads + how.key_heads; h++) {
+      T* head = row + int64_t(h) * how.dim;
+      const T* norm = h < how.heads ? query_norm : key_norm;
+      if (norm != nullptr) normalise(head, norm, how.epsilon, head, how.dim);
+      rotate(head, cos, sin, how.rotated / 2);
+    }
+    const T* key = row + how.heads * how.dim;
+    std::memcpy(keys + slots[r] * key_row, key, sizeof(T) * key_row);
+    std::memcpy(values + slots[r] * value_row, key + key_row, sizeof(T) * value_row);
+  }
+}
+
+// Weights in int8 ------------------------------------------------------------------------------------------------
+
+inline Floats load(const int8_t* from) {
+  return __builtin_convertvector(widened(*reinterpret_cast<const Bytes*>(from)), Floats);
+}
+
+inline void store_one(float* to, float x) { *to = x; }
+inline void store_one(BFloat16* to, float x) {
+  BFloat16 memory[WIDTH];
+  store(memory, all(x));
+  *to = memory[0];
+}
+
+// R rows by four outputs.
+template <class T, int R>
+inline void int8_tile(const float* x, const int8_t* weight, const float* scale, T* out, int outputs, int inputs) {
+  Floats products[R][4] = {};
+  for (int k = 0; k < inputs; k += WIDTH) {
+    Floats w[4];
+    for (int n = 0; n < 4; n++) w[n] = load(weight + int64_t(n) * inputs + k);
+    for (int r = 0; r < R; r++) {
+      const Floats row = load(x + int64_t(r) * inputs + k);
+      for (int n = 0; n < 4; n++) products[r][n] += row * w[n];
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    const Quarters total = sums(products[r][0], products[r][1], products[r][2], products[r][3]);
+    for (int n = 0; n < 4; n++) store_one(out + int64_t(r) * outputs + n, total[n] * scale[n]);
+  }
+}
+
+// x [rows, inputs] times weight [outputs, inputs], each output by its scale.
+template <class T>
+void int8_product(const float* x, const int8_t* weight, const float* scale, T* out, int rows, int outputs, int inputs) {
+#pragma omp parallel for schedule(static)
+  for (int n = 0; n < outputs; n += 4) {
+    const int8_t* w = weight + int64_t(n) * inputs;
+    for (int r = 0; r < rows; r += 4) {
+      const float* from = x + int64_t(r) * inputs;
+      T* to = out + int64_t(r) * outputs + n;
+      switch (rows - r) {
+        case 1: int8_tile<T, 1>(from, w, scale + n, to, outputs, inputs); break;
+        case 2: int8_tile<T, 2>(from, w, scale + n, to, outputs, inputs); break;
+        case 3: int8_tile<T, 3>(from, w, scale + n, to, outputs, inputs); break;
+        default: int8_tile<T, 4>(from, w, scale + n, to, outputs, inputs);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+#define EXPORT(T, NAME)                                                                                               \
+  extern "C" void attend_##NAME(const Attention* how, const T* query, int64_t query_stride, const T* keys,            \
+                                const T* values, const int32_t* tables, int64_t table_stride, const int32_t* owners,  \
+                                const int64_t* positions, T* out, int rows, float* scratch, int most_parts) {         \
+    attend(Attend<T>{*how, query, query_stride, keys, values, tables, table_stride, owners, positions, out}, rows,    \
+           scratch, most_parts);                                                                                      \
+  }                                                                                                                   \
+  extern "C" void add_rms_norm_##NAME(const T* x, T* residual, const T* weight, float epsilon, T* out, int rows,      \
+                                      int dim) {                                                                      \
+    add_rms_norm(x, residual, weight, epsilon, out, rows, dim);                                                       \
+  }                                                                                                                   \
+  extern "C" void silu_mul_##NAME(const T* gate_up, T* out, int rows, int dim) { silu_mul(gate_up, out, rows, dim); } \
+  extern "C" void int8_product_##NAME(const float* x, const int8_t* weight, const float* scale, T* out, int rows,     \
+                                      int outputs, int inputs) {                                                     \
+    int8_product(x, weight, scale, out, rows, outputs, inputs);                                                       \
+  }                                                                                                                   \
+  extern "C" void rotate_and_store_##NAME(T* qkv, const Rotation* how, const T* query_norm, const T* key_norm,        \
+                                          const int64_t* positions, const int64_t* slots, T* keys, T* values,         \
+                                          int rows) {                                                                 \
+    rotate_and_store(qkv, *how, query_norm, key_norm, positions, slots, keys, values, rows);                          \
+  }
+
+EXPORT(float, float32)
+EXPORT(BFloat16, bfloat16)

@@ -1,0 +1,86 @@
+"""What vLLM reads from the environment, for itself and for the processes that it starts."""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from llmboost.machine import available_cores
+from llmboost.settings import variable
+
+OWNER = "LLMBOOST_VLLM_OWNER"
+"""The process id of the worker whose engine it is: `plugin` acts on it in each process of vLLM's."""
+
+LOG_LEVEL = variable("log_level")
+
+CPU_SHARE = 0.7
+"""Of the memory that is free on a CPU, for weights and cache. What is free is shared with other processes."""
+
+
+def prepare(log_level: str, is_eager: bool) -> None:
+    """For any device; before vLLM is imported. What the user has set stays."""
+    os.environ[OWNER] = str(os.getpid())
+    os.environ[LOG_LEVEL] = log_level
+    for name, value in {
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_DO_NOT_TRACK": "1",
+        # This process has its logging already, and `plugin` sets up the same in the others.
+        "VLLM_CONFIGURE_LOGGING": "0",
+        # They have nothing to save, and one hangs for all of the five seconds that it is given otherwise.
+        "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS": "1",
+        # `drawing` is a logits processor of the first model runner's kind.
+        "VLLM_USE_V2_MODEL_RUNNER": "0",
+    }.items():
+        os.environ.setdefault(name, value)
+    if (
+        is_eager
+    ):  # vLLM would still compile what ranks log probabilities, for which a CPU needs a C++ compiler
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+
+
+def prepare_cpu(threads: int | None, processes: int) -> None:
+    """For a CPU; before the engine starts. `processes`: over which one model is split."""
+    binding, count = _threads(threads, processes)
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding)
+    if binding == "nobind":
+        os.environ.setdefault("OMP_NUM_THREADS", str(count))
+    # vLLM's kernels were tuned with Intel's OpenMP, which its wheel brings along but doesn't load.
+    library = Path(sys.prefix) / "lib" / "libiomp5.so"
+    if library.is_file() and "LD_PRELOAD" not in os.environ:
+        os.environ["LD_PRELOAD"] = str(library)
+
+
+def _threads(threads: int | None, processes: int) -> tuple[str, int]:
+    """How vLLM binds its threads, and how many there are if it doesn't.
+
+    By itself it keeps one core free for its scheduler, which on two cores is half the speed. Bound threads
+    are for a machine of one's own: told how many to use, several workers may share it, and bound they would
+    all take the same first cores.
+    """
+    if processes > 1:
+        return "auto", 0  # one memory node for each
+    cores = _physical_cores()
+    if threads is None and len(cores) == available_cores():
+        return ",".join(map(str, cores)), 0
+    return "nobind", threads or available_cores()
+
+
+def _physical_cores(read: Callable[[Path], str] = Path.read_text) -> list[int]:
+    """One logical CPU of each core that this process may use."""
+    found: dict[str, int] = {}
+    for cpu in sorted(os.sched_getaffinity(0)):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            found.setdefault(read(siblings).strip(), cpu)
+        except OSError:
+            found[str(cpu)] = cpu
+    return sorted(found.values())
+
+
+def memory_share() -> float:
+    """The part of the memory that a model may use on a CPU, weights included: vLLM's
+    `gpu_memory_utilization`, whose default counts on 92 % of the machine."""
+    from vllm.utils.cpu_resource_utils import get_memory_node_info, get_visible_memory_node
+
+    node = get_memory_node_info(get_visible_memory_node()[0])
+    return float(CPU_SHARE * node.available_memory / node.total_memory)
