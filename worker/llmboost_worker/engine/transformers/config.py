@@ -40,6 +40,9 @@ class EngineConfig:
     """GiB for keys and values. None: half of what is available once a CPU's weights are loaded, 0.9 on
     CUDA. Never more than `max_num_seqs` sequences of full length need."""
 
+    tp: int = 1
+    """Devices over which the model is split (tensor parallelism); on a CPU, processes."""
+
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("model is empty: give a folder or a name on the hub")
@@ -49,10 +52,24 @@ class EngineConfig:
             raise ValueError(f"quantization is {self.quantization!r}, but must be none or int8")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
             raise ValueError(f"device is {self.device!r}, but must be auto, cpu, cuda or cuda:<n>")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "threads", "kv_cache_memory"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "threads",
+            "kv_cache_memory",
+            "tp",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, but must be above 0")
+        if self.tp > 1 and self.device.startswith("cuda:"):
+            raise ValueError(f"device is {self.device!r}, but tp is {self.tp}: set device to cuda")
+        if self.tp > 1 and self.quantization != "none":
+            raise ValueError(
+                f"quantization is {self.quantization!r}, but tp is {self.tp}: a model that is split can't be "
+                "quantized"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs "

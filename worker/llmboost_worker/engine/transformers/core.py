@@ -1,6 +1,7 @@
 """The compute half of the engine: a model, its cache and the loop's three verbs. No threads, no callers."""
 
 import logging
+from contextlib import suppress
 
 from llmboost_worker.engine.grammar import MatcherThread
 from llmboost_worker.engine.interface import (
@@ -15,6 +16,7 @@ from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, BlockManager
 from llmboost_worker.engine.transformers.config import EngineConfig
 from llmboost_worker.engine.transformers.loader import LoadedModel
 from llmboost_worker.engine.transformers.pace import Pace
+from llmboost_worker.engine.transformers.ranks import Leader, Place, Ranks, compute_with
 from llmboost_worker.engine.transformers.runner import ModelRunner
 from llmboost_worker.engine.transformers.sampler import Draw
 from llmboost_worker.engine.transformers.scheduler import Scheduler
@@ -30,7 +32,9 @@ class EngineCore:
         EngineError: the model can't be loaded or can't be served.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, place: Place | None = None) -> None:
+        """`place`: rank 0's, with `config.tp` above 1."""
+        self._ranks = None if place is None else Ranks(place, loader.device_of(config))
         loaded = _served(config)
         self.info = EngineInfo(
             max_model_len=loaded.max_model_len,
@@ -41,9 +45,13 @@ class EngineCore:
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
         )
-        self._cache = loader.make_cache(config, loaded, BLOCK_SIZE)
-        self._blocks = BlockManager(self._cache.num_blocks, BLOCK_SIZE, config.enable_prefix_caching)
-        self._runner = ModelRunner(loaded.forward, self._cache, loaded.device)
+        cache = loader.make_cache(config, loaded, BLOCK_SIZE, self._ranks)
+        forward, self._clear = loaded.forward, cache.clear
+        if self._ranks is not None:
+            leader = Leader(self._ranks, loaded.forward, cache)
+            forward, self._clear = leader, leader.clear
+        self._blocks = BlockManager(cache.num_blocks, BLOCK_SIZE, config.enable_prefix_caching)
+        self._runner = ModelRunner(forward, cache, loaded.device)
         self._pace = Pace()
         self._scheduler = Scheduler(
             self._blocks,
@@ -100,6 +108,13 @@ class EngineCore:
                 of_prompt = sequence.prompt_logprobs
                 self._ended.append(SequenceOutput(request.id, [], None, reason, prompt_logprobs=of_prompt))
 
+    def close(self) -> None:
+        """Lets the other ranks go, if there are any."""
+        if self._ranks is not None:
+            with suppress(failures.RankLost):
+                self._ranks.send(None)
+            self._ranks.leave()
+
     def cancel(self, ids: list[str]) -> None:
         for id in ids:
             self._remove(id)
@@ -152,7 +167,7 @@ class EngineCore:
             draw = draws.get(sequence.id)
             if draw is not None and draw.error is not None:
                 outputs.append(_failure(sequence.id, draw.error, draw.is_refused))
-                self._cache.clear(self._blocks.unregistered(sequence.table))
+                self._clear(self._blocks.unregistered(sequence.table))
                 self._remove(sequence.id)
                 continue
             self._prompt_tokens += max(
@@ -192,15 +207,31 @@ class EngineCore:
         )
 
 
-def _served(config: EngineConfig) -> LoadedModel:
+def follow(config: EngineConfig, place: Place) -> None:
+    """Does on a rank above 0 what the core of rank 0 does, until that closes.
+
+    Raises:
+        EngineError: as `EngineCore`.
+        RankLost: rank 0 has died.
+    """
+    ranks = Ranks(place, loader.device_of(config, place.local_rank))
+    try:
+        loaded = _served(config, place.local_rank)
+        cache = loader.make_cache(config, loaded, BLOCK_SIZE, ranks)
+        compute_with(ranks, loaded.forward, cache, loaded.device)
+    finally:
+        ranks.leave()
+
+
+def _served(config: EngineConfig, local_rank: int = 0) -> LoadedModel:
     """The model as this machine computes it fastest and rightly.
 
     Raises:
         EngineError: it can't be computed rightly.
     """
-    loaded = loader.load(config)
+    loaded = loader.load(config, local_rank)
     expected = selftest.reference(loaded)
-    if packing.pack(loaded, config.quantization):
+    if config.tp == 1 and packing.pack(loaded, config.quantization):
         try:
             selftest.run(loaded, expected, config.quantization)
             return loaded

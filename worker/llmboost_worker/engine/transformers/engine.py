@@ -4,7 +4,8 @@ import gc
 import logging
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,6 +23,8 @@ from llmboost_worker.engine.interface import (
 )
 from llmboost_worker.engine.transformers.config import EngineConfig
 from llmboost_worker.engine.transformers.core import EngineCore
+from llmboost_worker.engine.transformers.followers import Followers
+from llmboost_worker.engine.transformers.ranks import Place
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +51,7 @@ class TransformersEngine(Engine):
         self._closing = False
         self._ended: BaseException | None = None
         """Why it takes on nothing any more."""
+        self._followers: Followers | None = None
         self._stats = EngineStats(running=0, waiting=0, steps=0, prompt_tokens=0, output_tokens=0)
         """As of the last step, except that `waiting` grows when requests are taken from the inbox."""
 
@@ -112,15 +116,18 @@ class TransformersEngine(Engine):
         on_step: Callable[[StepOutput], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
+        fail = _once(on_failure)
         try:
             with torch.inference_mode():
-                core = EngineCore(self._config)
+                core = EngineCore(self._config, self._place(started, fail))
         except BaseException as error:
             self._end(error)
+            self._dismiss()
             if not isinstance(error, EngineError):
                 logger.exception("can't start the engine")
                 error = EngineError(f"can't start the engine: {type(error).__name__}: {error}")
-            started.set_exception(error)
+            with suppress(InvalidStateError):  # a rank that died has said why
+                started.set_exception(error)
             return
         self._publish(core, [])
         started.set_result(core.info)
@@ -135,16 +142,50 @@ class TransformersEngine(Engine):
             # First: who hears of it ends the process. Otherwise a request that comes now would be refused
             # as if it were its own fault.
             try:
-                on_failure(error)
+                fail(error)
             finally:
                 self._end(error)
         else:
             self._end(EngineError("closed"))
         finally:
+            core.close()
+            self._dismiss()
             del core
             gc.collect()  # modules refer to themselves through hooks
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def _place(self, started: "Future[EngineInfo]", fail: Callable[[BaseException], None]) -> Place | None:
+        """Rank 0's, among others that are started here if torchrun hasn't.
+
+        Raises:
+            EngineError: torchrun has started more or fewer than the model is to be split over.
+        """
+        if self._config.tp == 1:
+            return None
+        place = Place.given()
+        if place is not None:
+            if place.size != self._config.tp:
+                raise EngineError(
+                    f"torchrun has started {place.size} processes, but --tp is {self._config.tp}: "
+                    "make them the same, or leave torchrun out"
+                )
+            return place
+
+        def ended(what: str) -> None:
+            error = EngineError(what)
+            try:
+                started.set_exception(error)
+            except InvalidStateError:
+                fail(error)
+
+        self._followers = Followers(self._config, ended)
+        self._followers.start(self._config)
+        return self._followers.place
+
+    def _dismiss(self) -> None:
+        if self._followers is not None:
+            self._followers.close()
 
     def _receive(self, core: EngineCore) -> bool:
         """Takes what callers have left; waits for it when there is nothing to compute. False: time to end."""
@@ -175,3 +216,14 @@ class TransformersEngine(Engine):
             self._stats = replace(self._stats, running=0, waiting=0)
             self._added, self._cancelled = [], []
             self._live.clear()
+
+
+def _once(tell: Callable[[BaseException], None]) -> Callable[[BaseException], None]:
+    """Tells of the first failure: when a rank dies, the step notices and so does who watches it."""
+    told = threading.Lock()
+
+    def first(error: BaseException) -> None:
+        if told.acquire(blocking=False):
+            tell(error)
+
+    return first
