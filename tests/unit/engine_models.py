@@ -114,7 +114,7 @@ class Collected:
     logprobs: list[Any] = field(default_factory=list)
     finish_reason: str | None = None
     error: str | None = None
-    cached_tokens: int = 0
+    cached_tokens: int = field(default=0, compare=False)
 
 
 class Driver:
