@@ -263,12 +263,15 @@ def test_workers_get_gpus_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
         return [each.get("CUDA_VISIBLE_DEVICES") for each in placed]
 
     assert visible(dp=2) == ["0", "1"]
-    assert visible(dp=2, tp=2) == ["0,1", "2,3"]
+    assert visible(dp=2, tp=2) == visible(dp=2, pp=2) == ["0,1", "2,3"]
+    assert visible(dp=1, tp=2, pp=2) == ["0,1,2,3"]
     assert visible(dp=5) == ["0", "1", "2", "3", "0"]
     assert visible(dp=2, device="cpu") == [None, None]
     assert visible(dp=1, device="cuda:3") == [None]
     with pytest.raises(PlacementError, match="needs 6 GPUs, but there are 4"):
         visible(dp=3, tp=2)
+    with pytest.raises(PlacementError, match="--tp 2 times --pp 2 needs 8 GPUs"):
+        visible(dp=2, tp=2, pp=2)
 
 
 @pytest.mark.parametrize(("value", "expected"), [("2,3", ["2", "3"]), ("", []), ("-1", [])])

@@ -2,7 +2,15 @@
 
 import pytest
 
-from llmboost_worker.engine.transformers.pace import CROWD, FIRST_CHUNK, MIN_CHUNK, STALE, UNBOUNDED, Pace
+from llmboost_worker.engine.transformers.pace import (
+    CROWD,
+    FIRST_CHUNK,
+    MIN_CHUNK,
+    SHARE,
+    STALE,
+    UNBOUNDED,
+    Pace,
+)
 
 
 class Machine:
@@ -130,20 +138,29 @@ def test_prompts_get_on_however_dear_they_are() -> None:
     assert machine.pace.tokens(1, 1, 0) == MIN_CHUNK
 
 
-def test_a_crowd_of_prompts_gets_more() -> None:
-    """As many decode steps as there are prompts per running sequence; a few prompts are no crowd."""
+def test_a_crowd_of_prompts_gets_as_many_decode_steps_as_it_counts() -> None:
+    """A few prompts are no crowd, nor are many beside far more that decode."""
     machine = Machine(pair=0.0)
     machine.run(0, tokens=2000)
     allowed = {}
-    for decoding, prompts in ((2, 1), (2, CROWD), (2, 3 * CROWD), (16, 1), (16, 16), (16, 32)):
+    for decoding, prompts in (
+        (2, 1),
+        (2, CROWD - 1),
+        (2, CROWD),
+        (2, 3 * CROWD),
+        (64, 1),
+        (64, 20),
+        (64, 32),
+    ):
         machine.run(decoding)
-        machine.prefill(1000, decoding, prompts)
+        machine.prefill(1000, decoding, 1)
         machine.run(decoding)
         allowed[decoding, prompts] = machine.pace.tokens(decoding, prompts, 500)
-    assert allowed[2, 1] == pytest.approx(allowed[2, CROWD], abs=1)
-    assert allowed[2, 3 * CROWD] == pytest.approx(3 * allowed[2, 1], rel=0.2)
-    assert allowed[16, 1] == pytest.approx(allowed[16, 16], abs=1)
-    assert allowed[16, 32] == pytest.approx(2 * allowed[16, 1], rel=0.2)
+    assert allowed[2, 1] == pytest.approx(allowed[2, CROWD - 1], abs=1)
+    assert allowed[2, CROWD] == pytest.approx(CROWD * allowed[2, 1] / SHARE, rel=0.2)
+    assert allowed[2, 3 * CROWD] == pytest.approx(3 * allowed[2, CROWD], rel=0.2)
+    assert allowed[64, 1] == pytest.approx(allowed[64, 20], abs=1)
+    assert allowed[64, 32] == pytest.approx(32 * allowed[64, 1] / SHARE, rel=0.2)
 
 
 def test_what_was_measured_in_bad_times_does_not_open_the_gates() -> None:

@@ -47,6 +47,8 @@ def sample(settings: type[CommonSettings], name: str) -> tuple[str, Any]:
         return f"{OLD_SECRET},{NEW_SECRET}", (OLD_SECRET, NEW_SECRET)
     if is_list(field):
         return "one,two", ("one", "two")
+    if name == "vllm_options":
+        return '{"enforce_eager": true}', '{"enforce_eager": true}'
     if name == "redis_url":
         return "redis://:secret@example.org:6380/2", "redis://:secret@example.org:6380/2"
     kind = metavar(name, field)
@@ -124,6 +126,8 @@ def test_the_model_is_positional_or_a_flag() -> None:
         (["--lease", "0.1"], ["--lease", "'0.1'", "0.2"]),
         (["--dtype", "int3"], ["--dtype", "'int3'", "'bfloat16'"]),
         (["--max_num_seqs", "0"], ["--max-num-seqs", "'0'", "greater than 0"]),
+        (["--vllm-options", "[1]"], ["--vllm-options", "'[1]'", "a JSON object"]),
+        (["--vllm-options", "{x"], ["--vllm-options", "'{x'", "double quotes"]),
         (["--max-num-seq", "4"], ["--max-num-seq", "--max-num-seqs?"]),
         (["--no-event-id"], ["--no-event-id", "--no-event-ids?"]),
         (["--tensor-parallel-size", "2"], ["--tensor-parallel-size", "--tp"]),

@@ -161,6 +161,9 @@ class Connections:
         self._url = urlsplit(url)
         self._timeout = timeout
         self._idle: list[Connection] = []
+        secure = self._url.scheme == "https"
+        self._port = self._url.port or (443 if secure else 80)
+        self._tls = ssl.create_default_context(cafile=certifi.where()) if secure else None
         host = self._url.netloc.rpartition("@")[2]
         fields = {"host": host, "user-agent": "llmboost-bench", "accept": "*/*", **headers}
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
@@ -210,12 +213,9 @@ class Connections:
         return await self._open()
 
     async def _open(self) -> Connection:
-        secure = self._url.scheme == "https"
-        port = self._url.port or (443 if secure else 80)
-        context = ssl.create_default_context(cafile=certifi.where()) if secure else None
         try:
             _, connection = await asyncio.get_running_loop().create_connection(
-                Connection, self._url.hostname or "", port, ssl=context
+                Connection, self._url.hostname or "", self._port, ssl=self._tls
             )
         except ssl.SSLError as error:
             raise WireError("TLS", f"no secure connection: {error}") from None

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 from llmboost.machine import available_cores
@@ -40,7 +39,7 @@ def prepare(log_level: str, is_eager: bool) -> None:
 
 def prepare_cpu(threads: int | None, processes: int) -> None:
     """For a CPU; before the engine starts. `processes`: over which one model is split."""
-    binding, count = _threads(threads, processes)
+    binding, count = threads_of(threads, processes)
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding)
     if binding == "nobind":
         os.environ.setdefault("OMP_NUM_THREADS", str(count))
@@ -50,31 +49,35 @@ def prepare_cpu(threads: int | None, processes: int) -> None:
         os.environ["LD_PRELOAD"] = str(library)
 
 
-def _threads(threads: int | None, processes: int) -> tuple[str, int]:
+def threads_of(threads: int | None, processes: int) -> tuple[str, int]:
     """How vLLM binds its threads, and how many there are if it doesn't.
 
     By itself it keeps one core free for its scheduler, which on two cores is half the speed. Bound threads
     are for a machine of one's own: told how many to use, several workers may share it, and bound they would
     all take the same first cores.
     """
-    if processes > 1:
-        return "auto", 0  # one memory node for each
     cores = _physical_cores()
-    if threads is None and len(cores) == available_cores():
-        return ",".join(map(str, cores)), 0
-    return "nobind", threads or available_cores()
+    each = len(cores) // processes
+    if threads is None and len(cores) == available_cores() and each:
+        parts = [cores[start : start + each] for start in range(0, processes * each, each)]
+        return "|".join(",".join(map(str, part)) for part in parts), 0
+    return "nobind", max(1, (threads or available_cores()) // processes)
 
 
-def _physical_cores(read: Callable[[Path], str] = Path.read_text) -> list[int]:
+def _physical_cores() -> list[int]:
     """One logical CPU of each core that this process may use."""
-    found: dict[str, int] = {}
+    first: dict[str, int] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
-        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        try:
-            found.setdefault(read(siblings).strip(), cpu)
-        except OSError:
-            found[str(cpu)] = cpu
-    return sorted(found.values())
+        first.setdefault(_siblings(cpu), cpu)
+    return sorted(first.values())
+
+
+def _siblings(cpu: int) -> str:
+    """The logical CPUs of the same core; itself if the kernel doesn't say."""
+    try:
+        return Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list").read_text().strip()
+    except OSError:
+        return str(cpu)
 
 
 def memory_share() -> float:
