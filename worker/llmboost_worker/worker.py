@@ -258,12 +258,13 @@ class WorkerProcess:
 def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
     """The engine that the settings name, not yet started, and the model's tokenizer."""
     model = locate(settings.model)
-    make = _vllm_engine if settings.engine == "vllm" else _transformers_engine
-    engine = make(settings, model)
-    return engine, Tokenizer.load(model, settings.revision, settings.trust_remote_code)
+    tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
+    if settings.engine == "vllm":
+        return _vllm_engine(settings, model), tokenizer
+    return _transformers_engine(settings, model, tokenizer), tokenizer
 
 
-def _transformers_engine(settings: WorkerSettings, model: str) -> Engine:
+def _transformers_engine(settings: WorkerSettings, model: str, tokenizer: Tokenizer) -> Engine:
     from llmboost_worker.engine.transformers import TransformersEngine
 
     if settings.pp > 1:
@@ -271,7 +272,7 @@ def _transformers_engine(settings: WorkerSettings, model: str) -> Engine:
             f"--pp is {settings.pp}, but the {settings.engine} engine has a part of every layer on each "
             "device: use --pp 1, and --tp for more devices"
         )
-    return TransformersEngine(_transformers_config(settings, model))
+    return TransformersEngine(_transformers_config(settings, model), tokenizer.token_bytes)
 
 
 def _transformers_config(settings: WorkerSettings, model: str) -> "EngineConfig":

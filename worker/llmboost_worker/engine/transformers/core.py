@@ -3,6 +3,7 @@
 import logging
 from contextlib import suppress
 
+from llmboost_worker.engine.grammar import MatcherThread
 from llmboost_worker.engine.interface import (
     EngineInfo,
     EngineStats,
@@ -60,6 +61,7 @@ class EngineCore:
         )
         self._sequences: dict[str, Sequence] = {}
         """Those that the scheduler has."""
+        self._matchers = MatcherThread()
         self._ended: StepOutput = []
         """Of sequences that end without having run."""
         self._arrivals = 0
@@ -89,6 +91,8 @@ class EngineCore:
             self._arrivals += 1
             try:
                 sequence = Sequence(request, self.info, self._arrivals)
+                if sequence.sampling.grammar is not None and sequence.matcher is None:
+                    raise ValueError("its grammar has not been compiled")
                 reason = sequence.finish_reason()
                 if reason is None or sequence.is_scored:
                     self._scheduler.add(sequence)
@@ -131,6 +135,9 @@ class EngineCore:
             if failures.is_device_lost(error):
                 raise
             return ended + self._fail_all(error)
+        self._matchers.start(
+            [(each.matcher, each.tokens) for each in batch if each.matcher is not None and each.is_sampled]
+        )
         draws = self._runner.run(batch) if batch else {}
         self._learn(batch)
         return ended + self._postprocess(batch, draws)

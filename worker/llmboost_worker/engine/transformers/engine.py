@@ -3,13 +3,16 @@
 import gc
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from llmboost.jobs import Grammar
+from llmboost_worker.engine.grammar import Grammars
 from llmboost_worker.engine.interface import (
     Engine,
     EngineError,
@@ -33,8 +36,12 @@ class TransformersEngine(Engine):
     which sleeps on the inbox when there is nothing to compute.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, tokens: Callable[[], Sequence[bytes]] | None = None) -> None:
+        """`tokens`: the bytes of each token, as `Grammars` takes them; without, no output can be held to a
+        grammar."""
         self._config = config
+        self._tokens = tokens
+        self._grammars: Grammars | None = None
         self._thread: threading.Thread | None = None
         self._inbox = threading.Condition()
         self._added: list[SequenceRequest] = []
@@ -58,7 +65,13 @@ class TransformersEngine(Engine):
             target=self._work, args=(started, on_step, on_failure), name="llmboost-engine", daemon=True
         )
         self._thread.start()
-        return started.result()
+        info = started.result()
+        if self._tokens is not None:
+            self._grammars = Grammars(self._tokens, info.vocab_size, info.eos_token_ids)
+        return info
+
+    def compile(self, grammar: Grammar) -> "Future[Any]":
+        return super().compile(grammar) if self._grammars is None else self._grammars.compile(grammar)
 
     def add(self, requests: list[SequenceRequest]) -> None:
         """Raises:
@@ -90,6 +103,8 @@ class TransformersEngine(Engine):
         with self._inbox:
             self._closing = True
             self._inbox.notify()
+        if self._grammars is not None:
+            self._grammars.close()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 

@@ -88,13 +88,21 @@ class Sampler:
 
 def _undrawn(best: float, sequence: Sequence) -> Draw:
     """What is wrong with a row, by its largest logit."""
+    if sequence.matcher is not None and sequence.matcher.error is not None:
+        why = (
+            f"The output can't be held to its grammar any longer: {sequence.matcher.error}. Make it simpler."
+        )
+        return Draw(error=why, is_refused=True)
     if math.isnan(best) or best > 0:
         what = "not numbers (NaN)" if math.isnan(best) else "infinite"
         return Draw(
             error=f"The model's logits are {what}. If others' are too, an operator can try a wider --dtype."
         )
     if sequence.sampling.logit_bias or sequence.sampling.min_tokens:
-        why = "No token is left to draw: logit_bias and min_tokens exclude all of them. Relax them."
+        excluders = (
+            "logit_bias, min_tokens and the grammar" if sequence.matcher else "logit_bias and min_tokens"
+        )
+        why = f"No token is left to draw: {excluders} exclude all of them. Relax them."
         return Draw(error=why, is_refused=True)
     return Draw(error="The model gives every token a probability of 0: its weights may be damaged.")
 
