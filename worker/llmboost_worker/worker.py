@@ -286,6 +286,8 @@ def _transformers_config(settings: WorkerSettings, model: str) -> "EngineConfig"
             dtype=settings.dtype,
             quantization=settings.quantization,
             device=settings.device,
+            attention_backend=settings.attention_backend,
+            enable_cuda_graphs=settings.enable_cuda_graphs,
             max_model_len=settings.max_model_len,
             kv_cache_memory=settings.kv_cache_memory,
             # Every sequence has a token in every step.

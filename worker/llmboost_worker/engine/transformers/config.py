@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Quantization = Literal["none", "int8"]
+Attention = Literal["auto", "flash_attn", "flex", "sdpa"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -23,6 +24,10 @@ class EngineConfig:
     """int8: weights in int8, activations in `dtype`."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:<n>. auto: CUDA if there is one."""
+    attention_backend: Attention = "auto"
+    """What attends on a GPU. auto: the quickest that is there."""
+    enable_cuda_graphs: bool = True
+    """On a GPU, record decoding once per size of the batch, and replay it."""
     max_model_len: int | None = None
     """Prompt and output together, in tokens. None: as many positions as the model was made for."""
     max_num_seqs: int = 256

@@ -11,10 +11,9 @@ from llmboost_worker.engine.interface import (
     SequenceRequest,
     StepOutput,
 )
-from llmboost_worker.engine.transformers import failures, loader, packing, selftest
-from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, BlockManager
+from llmboost_worker.engine.transformers import failures, loader, ready
+from llmboost_worker.engine.transformers.blocks import BlockManager
 from llmboost_worker.engine.transformers.config import EngineConfig
-from llmboost_worker.engine.transformers.loader import LoadedModel
 from llmboost_worker.engine.transformers.pace import Pace
 from llmboost_worker.engine.transformers.ranks import Leader, Place, Ranks, compute_with
 from llmboost_worker.engine.transformers.runner import ModelRunner
@@ -35,7 +34,7 @@ class EngineCore:
     def __init__(self, config: EngineConfig, place: Place | None = None) -> None:
         """`place`: rank 0's, with `config.tp` above 1."""
         self._ranks = None if place is None else Ranks(place, loader.device_of(config))
-        loaded = _served(config)
+        loaded = ready.load(config)
         self.info = EngineInfo(
             max_model_len=loaded.max_model_len,
             vocab_size=loaded.vocab_size,
@@ -45,12 +44,12 @@ class EngineCore:
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
         )
-        cache = loader.make_cache(config, loaded, BLOCK_SIZE, self._ranks)
-        forward, self._clear = loaded.forward, cache.clear
+        cache = loader.make_cache(config, loaded, self._ranks)
+        forward, self._clear = ready.forward(config, loaded, cache), cache.clear
         if self._ranks is not None:
-            leader = Leader(self._ranks, loaded.forward, cache)
+            leader = Leader(self._ranks, forward, cache)
             forward, self._clear = leader, leader.clear
-        self._blocks = BlockManager(cache.num_blocks, BLOCK_SIZE, config.enable_prefix_caching)
+        self._blocks = BlockManager(cache.num_blocks, cache.block_size, config.enable_prefix_caching)
         self._runner = ModelRunner(forward, cache, loaded.device)
         self._pace = Pace()
         self._scheduler = Scheduler(
@@ -216,33 +215,11 @@ def follow(config: EngineConfig, place: Place) -> None:
     """
     ranks = Ranks(place, loader.device_of(config, place.local_rank))
     try:
-        loaded = _served(config, place.local_rank)
-        cache = loader.make_cache(config, loaded, BLOCK_SIZE, ranks)
-        compute_with(ranks, loaded.forward, cache, loaded.device)
+        loaded = ready.load(config, place.local_rank)
+        cache = loader.make_cache(config, loaded, ranks)
+        compute_with(ranks, ready.forward(config, loaded, cache), cache, loaded.device)
     finally:
         ranks.leave()
-
-
-def _served(config: EngineConfig, local_rank: int = 0) -> LoadedModel:
-    """The model as this machine computes it fastest and rightly.
-
-    Raises:
-        EngineError: it can't be computed rightly.
-    """
-    loaded = loader.load(config, local_rank)
-    expected = selftest.reference(loaded)
-    if config.tp == 1 and packing.pack(loaded, config.quantization):
-        try:
-            selftest.run(loaded, expected, config.quantization)
-            return loaded
-        except Exception as error:  # a model may reach for what has been packed
-            if config.quantization != "none":
-                raise
-            logger.warning("this model is served as transformers has it, unpacked: %s", error)
-        del loaded
-        loaded = loader.load(config)  # packing took the weights
-    selftest.run(loaded, expected, config.quantization)
-    return loaded
 
 
 def _failure(id: str, error: str, is_refused: bool = False) -> SequenceOutput:

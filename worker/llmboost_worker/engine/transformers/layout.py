@@ -49,6 +49,8 @@ class StepLayout:
     """[S], on the host: `lengths`."""
     tables: NDArray[np.int32]
     """[S, most blocks], on the host: `block_tables`."""
+    is_static: bool = False
+    """Recorded once and computed many times: only the tensors count, and all sequences have one row."""
     plans: dict[Any, Any] = field(default_factory=dict)
     """What a backend has worked out from all this; layers share it."""
 
@@ -95,6 +97,20 @@ class StepLayout:
             rows=rows,
             ends=ends,
             tables=tables,
+        )
+
+    def head(self, count: int) -> "StepLayout":
+        """That of the first sequences, which have one row each."""
+        return StepLayout(
+            query_starts=self.query_starts[: count + 1],
+            lengths=self.lengths[:count],
+            block_tables=self.block_tables[:count],
+            slots=self.slots[:count],
+            positions=self.positions[:count],
+            num_single=count,
+            rows=self.rows[:count],
+            ends=self.ends[:count],
+            tables=self.tables[:count],
         )
 
     def tail(self, first: int) -> "StepLayout":

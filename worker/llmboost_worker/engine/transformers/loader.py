@@ -107,9 +107,7 @@ def load(config: EngineConfig, local_rank: int = 0) -> LoadedModel:
     )
 
 
-def make_cache(
-    config: EngineConfig, loaded: LoadedModel, block_size: int, ranks: Ranks | None = None
-) -> KeyValueCache:
+def make_cache(config: EngineConfig, loaded: LoadedModel, ranks: Ranks | None = None) -> KeyValueCache:
     """The memory for keys and values, now that the weights are in theirs: as much as is given, but no more
     than all sequences at once can fill, and as many blocks on each of the ranks. One block of it is nobody's.
 
@@ -117,6 +115,7 @@ def make_cache(
         EngineError: not even one sequence of full length fits.
     """
     given, origin = _cache_bytes(config, loaded)
+    block_size = loaded.forward.backend.block_size
     per_block = block_size * bytes_per_token(loaded.layers, loaded.dtype)
     longest = -(-loaded.max_model_len // block_size)
     num_blocks = min(given // per_block, config.max_num_seqs * longest + 1)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmboost_worker.engine.interface import TokenLogprobs
 from llmboost_worker.engine.transformers import filters, penalties, randomness
+from llmboost_worker.engine.transformers.host import HostCopy, host_copy
 from llmboost_worker.engine.transformers.logprobs import logprobs
 from llmboost_worker.engine.transformers.parameters import Parameters
 from llmboost_worker.engine.transformers.sequence import Sequence
@@ -53,6 +54,7 @@ class Sampler:
     def __init__(self) -> None:
         self._parameters: Parameters | None = None
         """Of the last batch: most steps have the same sequences as the one before."""
+        self._copy: HostCopy | None = None
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Draw]:
         """logits [rows, vocabulary] of `sequences`, in any float type; may be overwritten."""
@@ -62,12 +64,15 @@ class Sampler:
         penalties.apply(logits, parameters)
         best, tokens = draw(logits, parameters)
         # The maximum passes NaN on, and is -inf where no token is left: one look at each row finds both.
-        ids = torch.where(best.isfinite(), tokens, NO_TOKEN).tolist()
-        draws = [Draw(token) for token in ids]
+        copy = self._copy = self._copy or host_copy(logits.device)
+        copy.start(torch.where(best.isfinite(), tokens, NO_TOKEN))
+        of_rows: list[TokenLogprobs] = []
         if model is not None:
             of_rows = logprobs(model, tokens[parameters.logprob_index], parameters.top_logprobs)
-            for row, each in zip(parameters.logprob_rows, of_rows, strict=True):
-                draws[row] = Draw(ids[row], each)
+        ids = copy.wait()
+        draws = [Draw(token) for token in ids]
+        for row, each in zip(parameters.logprob_rows, of_rows, strict=True):
+            draws[row] = Draw(ids[row], each)
         if NO_TOKEN in ids:
             draws = [
                 each if each.token != NO_TOKEN else _undrawn(most, one)
