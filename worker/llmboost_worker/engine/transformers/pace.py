@@ -26,7 +26,7 @@ CROWD = 2
 """So many prompts that wait get one share."""
 
 MANY = 8
-"""So many are let in as fast as is known, without trying smaller chunks first: those who wait are the most."""
+"""So many are let in without trying smaller chunks first: those who wait are the most."""
 
 KEPT = 9
 KEPT_STALE = 3
