@@ -406,17 +406,17 @@ HOSTILE = [
 def test_a_hostile_grammar_takes_little_time(grammar: Grammar) -> None:
     """It is refused, or goes on, or ends with an error of its own: at no step does it hold anybody up."""
     steps = []
-    began = time.monotonic()
+    began = time.process_time()
     try:
         matcher = compiled(grammar).matcher(start=0, holds_end=False)
     except GrammarError:
         matcher = None
-    steps.append(time.monotonic() - began)
+    steps.append(time.process_time() - began)
     ids: list[int] = []
     while matcher is not None and matcher.error is None and not matcher.must_end and len(ids) < 30:
-        began = time.monotonic()
+        began = time.process_time()
         matcher.read(ids)
-        steps.append(time.monotonic() - began)
+        steps.append(time.process_time() - began)
         if matcher.error is None:
             ids.append(int(allowed(matcher)[0]))
     assert max(steps) < 3

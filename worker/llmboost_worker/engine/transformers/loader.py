@@ -130,7 +130,7 @@ def make_cache(config: EngineConfig, loaded: LoadedModel, ranks: Ranks | None = 
         )
     try:
         return KeyValueCache(loaded.layers, num_blocks, block_size, loaded.dtype, loaded.device)
-    except (RuntimeError, MemoryError) as error:  # torch has no common class for its allocators' refusals
+    except (RuntimeError, OSError) as error:  # of torch's allocator, of the kernel
         raise EngineError(
             f"no memory for {num_blocks * per_block / GIB:.2f} GiB of keys and values: lower kv_cache_memory "
             f"({error})"
