@@ -20,6 +20,21 @@ FUNCTION = "generate"
 """Name of the arq function that runs a `GenerationJob`."""
 
 
+GrammarKind = Literal["json", "json_schema", "regex", "choice", "grammar"]
+
+
+class Grammar(msgspec.Struct, frozen=True, array_like=True):
+    """What the whole output is to be, in words that belong to no library."""
+
+    kind: GrammarKind
+    value: str = ""
+    """json: nothing, any object will do. json_schema: the schema, as JSON. regex: a pattern of the whole
+    output. choice: a JSON list of strings, one of which is the output. grammar: a context-free one, in GBNF
+    or Lark."""
+    param: str = ""
+    """What the client calls it; errors name it."""
+
+
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """How tokens are drawn; one object for all choices of a request.
 
@@ -53,6 +68,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     """None: no logprobs. 0: of the drawn token alone. k: of the k most likely tokens too."""
     prompt_logprobs: int | None = None
     """The same for the tokens of the prompt."""
+    grammar: Grammar | None = None
+    """Only tokens are drawn that lead to such an output, and the end only where it is one."""
 
 
 class Prompt(msgspec.Struct, frozen=True, omit_defaults=True):

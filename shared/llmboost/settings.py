@@ -245,10 +245,20 @@ class WorkerSettings(CommonSettings):
         "none", description="int8: keep weights in 8 bits; what is computed with them stays in --dtype."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    attention_backend: Literal["auto", "flash_attn", "flex", "sdpa"] = Field(
+        "auto", description="What attends on a GPU; auto: the quickest that is there and right for the model."
+    )
+    enable_cuda_graphs: bool = Field(
+        True, description="On a GPU, record decoding once per size of the batch, and replay it."
+    )
     threads: NonNegativeInt = Field(
         0, description="CPU threads per worker; 0: the available cores, shared among the workers of `serve`."
     )
-    tp: PositiveInt = Field(1, description="GPUs over which one model is split.")
+    tp: PositiveInt = Field(
+        1,
+        description="GPUs over which one model is split; on a CPU, processes. Each has its own "
+        "--kv-cache-memory.",
+    )
     pp: PositiveInt = Field(
         1, description="Stages into which a model's layers are split, each on --tp GPUs; with vllm."
     )

@@ -170,8 +170,12 @@ BAD: dict[str, Bad] = {
     "functions": asks(chat(functions=[{"name": "f"}]), "not supported", param="functions"),
     "tools": asks(chat(tools=[{"type": "function"}]), "not supported", param="tools"),
     "response_format": asks(
-        chat(response_format={"type": "json_object"}), "not supported", param="response_format"
+        chat(response_format={"type": "xml"}), "json_schema", param="response_format.type"
     ),
+    "a schema that can't be enforced": asks(
+        chat(guided_json={"type": "array", "uniqueItems": True}), "uniqueItems", param="guided_json"
+    ),
+    "a pattern that is none": asks(completion(guided_regex="(a"), "unclosed group", param="guided_regex"),
     "stored": asks(completion(store=True), "not supported", param="store"),
     "suffix": asks(completion(suffix="end"), "not supported", param="suffix"),
     "best_of": asks(completion(best_of=3), "3", param="best_of"),

@@ -82,6 +82,7 @@ class ScriptedServer:
 
     answer: Answer = good
     models: Any = field(default_factory=lambda: {"data": [{"id": "tiny", "max_model_len": 4096}]})
+    models_status: int = 200
     requests: list[Exchange] = field(default_factory=list)
     """All but those for the list of models."""
     connections: int = 0
@@ -128,7 +129,7 @@ class ScriptedServer:
                 body = json.loads(await reader.readexactly(int(headers.get("content-length", 0))) or "{}")
                 exchange = Exchange(path, headers, body, writer)
                 if path.endswith("/models"):
-                    await exchange.reply(200, self.models)
+                    await exchange.reply(self.models_status, self.models)
                 else:
                     self.requests.append(exchange)
                     await self.answer(exchange)

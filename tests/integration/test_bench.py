@@ -255,6 +255,50 @@ def test_the_warm_up_is_of_other_prompts_and_short() -> None:
     assert len({str(body["prompt"]) for body in server.measured}) == len(server.measured) == 11
 
 
+def test_an_answer_may_end_with_its_connection() -> None:
+    """As those of HTTP/1.0 do."""
+
+    async def answer(exchange: Exchange) -> None:
+        async def send(data: bytes) -> None:
+            await exchange.write(data)
+
+        exchange.send = send  # type: ignore[method-assign]
+        await exchange.write("HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\n\r\n")
+        await exchange.chunk("text", finish="length")
+        await exchange.send(b'data: {"choices":[],"usage":{"prompt_tokens":20,"completion_tokens":1}}\n\n')
+        exchange.writer.close()
+
+    with ScriptedServer(answer) as server:
+        assert point(server)["requests"] == {"ok": 6, "failed": 0}
+
+
+def test_a_server_without_a_list_of_models_is_told_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with ScriptedServer(models={"error": "no such thing"}, models_status=500) as server:
+        assert measured(server, "--model big")["model"] == "big"
+        assert commands.run(["bench", server.url]) == 1
+        assert "answered with status 500" in capsys.readouterr().err
+    with ScriptedServer(models={"data": []}) as server:
+        assert commands.run(["bench", server.url]) == 1
+        assert "lists no model: wait until one is loaded" in capsys.readouterr().err
+
+
+def test_a_key_may_be_needed_for_the_list_of_models() -> None:
+    with (
+        ScriptedServer(models={"error": {"message": "who are you?"}}, models_status=401) as server,
+        pytest.raises(TargetError, match=r"--api-key .*a key is needed: .*who are you"),
+    ):
+        measured(server)
+
+
+def test_nobody_waits_for_a_request_that_comes_after_the_end() -> None:
+    """At this rate the second one would be sent after minutes."""
+    with ScriptedServer() as server:
+        options = "--seed 1 --output-tokens 9 --prompt-tokens 20 --duration 0.1 --request-rate 0.001"
+        (found,) = measure(parse([server.url, *shlex.split(options)], {}))["points"]
+    assert found["requests"]["ok"] == 1
+    assert found["duration_s"] < 5
+
+
 def test_a_sweep_has_a_point_for_each_load() -> None:
     with ScriptedServer() as server:
         points = measured(server, "--concurrency 1,2,4")["points"]

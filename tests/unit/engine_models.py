@@ -149,10 +149,12 @@ class Driver:
 
 
 @contextmanager
-def driving(folder: Path, **options: Any) -> Iterator[Driver]:
+def driving(
+    folder: Path, tokens: Callable[[], list[bytes]] | None = None, **options: Any
+) -> Iterator[Driver]:
     """An engine on that folder, closed at the end."""
     options = {"threads": 1, "kv_cache_memory": 0.25, **options}
-    engine = TransformersEngine(EngineConfig(model=str(folder), **options))
+    engine = TransformersEngine(EngineConfig(model=str(folder), **options), tokens)
     driver = Driver(engine)
     try:
         yield driver

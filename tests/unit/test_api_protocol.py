@@ -97,7 +97,6 @@ UNSUPPORTED: list[tuple[str, Any]] = [
     ("tool_choice", "required"),
     ("functions", [{"name": "f"}]),
     ("function_call", {"name": "f"}),
-    ("response_format", {"type": "json_object"}),
     ("audio", {"voice": "a"}),
     ("modalities", ["text", "audio"]),
     ("prediction", {"type": "content"}),

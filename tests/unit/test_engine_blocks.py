@@ -174,6 +174,11 @@ def test_of_two_that_compute_the_same_one_copy_can_be_found() -> None:
     model.free(second)
     assert model.manager.num_free == free + 3
     assert model.allocate([1] * 9).table.blocks[:2] == first.table.blocks[:2]
+    for sequence in list(model.sequences):
+        model.free(sequence)
+    for number in range(2 * BLOCKS):
+        model.free(model.whole([10 + number] * 4))
+    model.check()
 
 
 def test_one_that_must_compute_all_of_its_prompt_finds_nothing_and_is_found() -> None:

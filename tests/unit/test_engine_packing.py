@@ -21,7 +21,8 @@ from llmboost_worker.engine.transformers.compiled_backend import CompiledBackend
 from llmboost_worker.engine.transformers.forward import ModelForward
 from llmboost_worker.engine.transformers.fused import FusedForward
 from llmboost_worker.engine.transformers.kernels.build import BuildError
-from tests.unit.engine_models import COMMON, GPT2_COMMON, driving, prompt, request, save_model
+from tests.unit.engine_configs import COMMON, GPT2_COMMON
+from tests.unit.engine_models import driving, prompt, request, save_model
 from tests.unit.test_engine_greedy import generate
 
 WIDE: dict[str, Any] = {**COMMON, "hidden_size": 128}
@@ -100,7 +101,7 @@ def test_like_models_are_fused_and_the_weights_leave_the_modules(name: str, tmp_
 @torch.inference_mode()
 def test_others_are_packed_layer_by_layer(tmp_path: Path) -> None:
     loaded = load(save_model(GPT2Config(**GPT2_COMMON), tmp_path))
-    expected = selftest.references(loaded)
+    expected = selftest.reference(loaded)
     assert packing.pack(loaded, "none")
     assert isinstance(loaded.forward, ModelForward)
     packed = [module for module in loaded.model.modules() if isinstance(module, linear.PackedLinear)]

@@ -113,14 +113,15 @@ def test_a_cancelled_prompt_leaves_those_that_waited_for_it_to_themselves(driver
 
 
 def test_what_failed_is_not_found_and_fails_each_time(driver: Driver) -> None:
-    """A prompt of which some keys and values are no numbers, which its end need not tell: a window hides
-    them. Its sound beginning is kept. Those that waited for it try themselves."""
-    ids = [*prompt(70), POISON, *prompt(60)]
+    """A prompt with keys and values that are no numbers, in the first of several chunks: it ends at once, and
+    others that begin with the tokens before them are not harmed. Those that waited for it try themselves."""
+    ids = [*prompt(60), POISON, *prompt(200)]
     results = driver.run(*(sound(f"{n}", ids) for n in range(3)))
     assert [result.finish_reason for result in results] == ["error"] * 3
     assert all("not numbers" in (result.error or "") for result in results)
+    assert driver.engine.stats().steps == 3
     assert driver.run_one(sound("again", ids)).finish_reason == "error"
-    beginning = driver.run_one(sound("beginning", ids[:70]))
+    beginning = driver.run_one(sound("beginning", ids[:60]))
     with_others = driver.run(*(sound(f"other-{n}", prompt(20 + n, seed=n)) for n in range(8)))
     assert beginning.finish_reason in ("length", "stop")
     assert all(result.finish_reason in ("length", "stop") for result in with_others)

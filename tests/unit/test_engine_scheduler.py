@@ -265,12 +265,12 @@ def test_what_begins_alike_is_computed_once() -> None:
 
 
 def test_who_waits_for_a_beginning_has_a_slot_reserved() -> None:
-    simulation = Simulation(max_num_seqs=2, tokens=20)
+    simulation = Simulation(max_num_seqs=2, tokens=30)
     simulation.add("first", SHARED)
     simulation.add("second", SHARED)
     simulation.add("other", 5)
-    assert simulation.step() == {"first": 20}
-    assert simulation.step() == {"first": 20}
+    assert simulation.step() == {"first": 30}
+    assert simulation.step() == {"first": 10}
     assert simulation.step() == {"first": 1, "second": 8}
     assert "other" not in simulation.scheduler.running
 

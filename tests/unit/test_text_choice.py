@@ -5,7 +5,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from llmboost.jobs import SamplingParams
+from llmboost.jobs import Grammar, SamplingParams
 from llmboost_worker.text import ChoiceText, Tokenizer
 from tests.unit.text_tokenizers import ALL, byte_fallback, byte_level, token_id
 
@@ -140,3 +140,17 @@ def test_a_chat_answer_is_its_own_text_and_a_completion_goes_on(cut: int) -> Non
     for continues, text in [((), "Paris is"), (prompt, " Paris is")]:
         choice = ChoiceText(tokenizer, SamplingParams(), continues)
         assert choice.replay(ids[:cut]) + choice.replay(ids[cut:]) == text
+
+
+def test_what_is_held_to_a_grammar_is_shown_to_its_first_space_and_without_its_end() -> None:
+    """A pattern that begins with a space is met by what the reader sees, and `ignore_eos` makes no text of
+    the end, which the grammar asked for."""
+    tokenizer = byte_fallback()
+    space, x = token_id(tokenizer, "▁"), token_id(tokenizer, "x")
+    free, held = (
+        SamplingParams(ignore_eos=True),
+        SamplingParams(ignore_eos=True, grammar=Grammar("regex", " x")),
+    )
+    assert ChoiceText(tokenizer, free, end_ids=[x]).replay([space, x]) == "x"
+    assert ChoiceText(tokenizer, held).replay([space, x]) == " x"
+    assert ChoiceText(tokenizer, held, end_ids=[x]).replay([space, x]) == " "

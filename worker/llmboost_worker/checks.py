@@ -1,14 +1,19 @@
 """A request against the model that is to answer it: its prompt as token ids, and whether there is room."""
 
 import asyncio
+from typing import Any
 
 from llmboost.entries import StreamError
 from llmboost.jobs import GenerationJob
-from llmboost_worker.engine.interface import EngineInfo
+from llmboost_worker.engine.interface import Engine, EngineInfo, GrammarError
 from llmboost_worker.text import PromptError, PromptTooLong, Tokenizer, encode_prompt
 
 LONG_TEXT = 20_000
 """Characters beyond which a prompt is encoded in a thread, so that other streams don't wait for it."""
+
+
+COMPILE_WITHIN_S = 10.0
+"""How long a request waits for its grammar, in line behind others included."""
 
 
 class Refused(Exception):
@@ -38,6 +43,35 @@ async def encoded(job: GenerationJob, tokenizer: Tokenizer, info: EngineInfo) ->
         raise Refused(
             StreamError(error.message, "invalid_request_error", error.code, error.param, status=400)
         ) from error
+
+
+async def compiled(job: GenerationJob, engine: Engine) -> Any:
+    """What the engine makes of the request's grammar; None if it has none.
+
+    Raises:
+        Refused: there is no output of that form, or the engine can't hold one to it.
+    """
+    grammar = job.sampling.grammar
+    if grammar is None:
+        return None
+    # Not awaited itself: whoever stops waiting would cancel it for others too.
+    waited = asyncio.wrap_future(engine.compile(grammar))
+    try:
+        async with asyncio.timeout(COMPILE_WITHIN_S):
+            return await asyncio.shield(waited)
+    except GrammarError as error:
+        why = str(error)
+    except TimeoutError:
+        why = f"could not be compiled in {COMPILE_WITHIN_S:.0f} seconds: make it simpler."
+    raise Refused(
+        StreamError(
+            f"'{grammar.param}' {why}",
+            "invalid_request_error",
+            "invalid_grammar",
+            grammar.param or None,
+            status=400,
+        )
+    )
 
 
 def check_bias(job: GenerationJob, info: EngineInfo) -> None:

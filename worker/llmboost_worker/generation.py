@@ -13,13 +13,14 @@ had been delivered is appended, and the job goes back to its queue, near the hea
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from typing import Any
 
 from msgspec import structs
 
 from llmboost.entries import ChoiceDelta, StreamError, Terminal, Usage
 from llmboost.jobs import GenerationJob
 from llmboost.streams import SealOutcome, StreamEnded, TokenStreams, Transcript, Writer
-from llmboost_worker.checks import Refused, check_bias, encoded, most_tokens
+from llmboost_worker.checks import Refused, check_bias, compiled, encoded, most_tokens
 from llmboost_worker.engine.interface import Engine, EngineInfo, SequenceOutput, SequenceRequest, StepOutput
 from llmboost_worker.logprobs import of_tokens
 from llmboost_worker.publisher import Outbox, Publisher
@@ -153,7 +154,8 @@ class Generator:
         generation.prompt_ids = prompt_ids
         check_bias(job, self._info)
         max_tokens = most_tokens(job, len(prompt_ids), self._info)
-        requests = self._resume(generation, transcript, prompt_ids, max_tokens)
+        grammar = await compiled(job, self._engine)
+        requests = self._resume(generation, transcript, prompt_ids, max_tokens, grammar)
         if not requests:
             generation.end()
         for request in requests:
@@ -237,7 +239,12 @@ class Generator:
     # Before the first token
 
     def _resume(
-        self, generation: Generation, transcript: Transcript, prompt_ids: list[int], max_tokens: int
+        self,
+        generation: Generation,
+        transcript: Transcript,
+        prompt_ids: list[int],
+        max_tokens: int,
+        grammar: Any,
     ) -> list[SequenceRequest]:
         """Sets up the choices where the log leaves them; returns the sequences that have still to run."""
         job = generation.job
@@ -281,6 +288,7 @@ class Generator:
                         output_ids=list(output_ids),
                         max_tokens=max_tokens,
                         priority=0 if job.job_class == "interactive" else 1,
+                        grammar=grammar,
                     )
                 )
         if opening:

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import uvloop
 from arq.worker import RetryJob, func
@@ -32,6 +32,9 @@ from llmboost_worker.leased import LeasedWorker, current_claim
 from llmboost_worker.models import locate
 from llmboost_worker.publisher import Publisher
 from llmboost_worker.text import Tokenizer, TokenizerError
+
+if TYPE_CHECKING:
+    from llmboost_worker.engine.transformers import EngineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -255,28 +258,36 @@ class WorkerProcess:
 def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
     """The engine that the settings name, not yet started, and the model's tokenizer."""
     model = locate(settings.model)
-    make = _vllm_engine if settings.engine == "vllm" else _transformers_engine
-    engine = make(settings, model)
-    return engine, Tokenizer.load(model, settings.revision, settings.trust_remote_code)
+    tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
+    if settings.engine == "vllm":
+        return _vllm_engine(settings, model), tokenizer
+    return _transformers_engine(settings, model, tokenizer), tokenizer
 
 
-def _transformers_engine(settings: WorkerSettings, model: str) -> Engine:
-    from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
+def _transformers_engine(settings: WorkerSettings, model: str, tokenizer: Tokenizer) -> Engine:
+    from llmboost_worker.engine.transformers import TransformersEngine
 
-    for name, value in (("--tp", settings.tp), ("--pp", settings.pp)):
-        if value > 1:
-            raise EngineError(
-                f"{name} is {value}, but the {settings.engine} engine runs a model on one device: "
-                f"use {name} 1, and --dp for more workers"
-            )
-    return TransformersEngine(
-        EngineConfig(
+    if settings.pp > 1:
+        raise EngineError(
+            f"--pp is {settings.pp}, but the {settings.engine} engine has a part of every layer on each "
+            "device: use --pp 1, and --tp for more devices"
+        )
+    return TransformersEngine(_transformers_config(settings, model), tokenizer.token_bytes)
+
+
+def _transformers_config(settings: WorkerSettings, model: str) -> "EngineConfig":
+    from llmboost_worker.engine.transformers import EngineConfig
+
+    try:
+        return EngineConfig(
             model=model,
             revision=settings.revision,
             trust_remote_code=settings.trust_remote_code,
             dtype=settings.dtype,
             quantization=settings.quantization,
             device=settings.device,
+            attention_backend=settings.attention_backend,
+            enable_cuda_graphs=settings.enable_cuda_graphs,
             max_model_len=settings.max_model_len,
             kv_cache_memory=settings.kv_cache_memory,
             # Every sequence has a token in every step.
@@ -285,8 +296,21 @@ def _transformers_engine(settings: WorkerSettings, model: str) -> Engine:
             enable_chunked_prefill=settings.enable_chunked_prefill,
             enable_prefix_caching=settings.enable_prefix_caching,
             threads=settings.threads or None,
+            tp=settings.tp,
         )
-    )
+    except ValueError as error:  # settings that don't go together
+        raise EngineError(str(error)) from error
+
+
+def _follow(settings: WorkerSettings) -> int:
+    """A process that torchrun started beside the one that serves: computes with it, and returns an exit
+    status."""
+    from llmboost_worker.engine.transformers.followers import follow
+    from llmboost_worker.engine.transformers.ranks import Place
+
+    place = Place.given()
+    assert place is not None
+    return follow(_transformers_config(settings, locate(settings.model)), place)
 
 
 def _vllm_engine(settings: WorkerSettings, model: str) -> Engine:
@@ -348,6 +372,8 @@ def run(settings: WorkerSettings) -> int:
     """
     logs.configure(settings.log_level)
     os.environ.update({name: value for name, value in OPENMP.items() if name not in os.environ})
+    if settings.engine == "transformers" and settings.tp > 1 and int(os.environ.get("RANK", 0)) > 0:
+        return _follow(settings)
     uvloop.install()
     asyncio.set_event_loop(asyncio.new_event_loop())
     worker = WorkerProcess(settings, handle_signals=True)

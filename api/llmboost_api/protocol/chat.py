@@ -11,6 +11,7 @@ from llmboost_api.protocol.metadata import check_metadata
 from llmboost_api.protocol.request import Neutral, RequestModel, never, only, problem
 from llmboost_api.protocol.sampling import Count, GenerationRequest
 from llmboost_api.protocol.shape import Choice, encode_json, finite, usage_object
+from llmboost_api.protocol.structured import FormattedRequest
 from llmboost_api.protocol.translate import shown
 
 
@@ -110,7 +111,7 @@ class Message(RequestModel):
         return message
 
 
-class ChatRequest(GenerationRequest):
+class ChatRequest(FormattedRequest, GenerationRequest):
     """OpenAI's chat completion request, with the sampling parameters that other servers add."""
 
     unsupported: ClassVar[Mapping[str, Neutral]] = {
@@ -122,7 +123,6 @@ class ChatRequest(GenerationRequest):
         "parallel_tool_calls": never,
         "prediction": never,
         "reasoning_effort": never,
-        "response_format": only({"type": "text"}),
         "tool_choice": only("none", "auto"),
         "tools": only([]),
         "verbosity": never,

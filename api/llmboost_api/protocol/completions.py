@@ -11,6 +11,7 @@ from llmboost.jobs import Prompt, SamplingParams
 from llmboost_api.protocol.request import Neutral, always, only, problem
 from llmboost_api.protocol.sampling import INT32, MAX_CHOICES, GenerationRequest
 from llmboost_api.protocol.shape import Choice, encode_json, finite, usage_object
+from llmboost_api.protocol.structured import FormattedRequest
 from llmboost_api.protocol.translate import shown
 
 DEFAULT_MAX_TOKENS = 16
@@ -61,7 +62,7 @@ Prompts = Annotated[
 ]
 
 
-class CompletionRequest(GenerationRequest):
+class CompletionRequest(FormattedRequest, GenerationRequest):
     """OpenAI's legacy completion request, with the sampling parameters that other servers add."""
 
     unsupported: ClassVar[Mapping[str, Neutral]] = {

@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
 
 from llmboost.jobs import Prompt, SamplingParams, derived_seed
 from llmboost_api.protocol.request import Neutral, RequestModel, always, only, problem
+from llmboost_api.protocol.structured import StructuredRequest
 from llmboost_api.protocol.tier import ServiceTier
 from llmboost_api.protocol.translate import shown
 
@@ -79,10 +80,11 @@ class StreamOptions(RequestModel):
     include_usage: bool = Field(False, description="One more chunk with the usage, before `[DONE]`.")
 
 
-class GenerationRequest(RequestModel, ABC):
+class GenerationRequest(StructuredRequest, ABC):
     """The fields that all endpoints have in common; defaults are OpenAI's."""
 
     unsupported: ClassVar[Mapping[str, Neutral]] = {
+        **StructuredRequest.unsupported,
         "user": always,
         "metadata": always,
         "safety_identifier": always,
@@ -183,6 +185,7 @@ class GenerationRequest(RequestModel, ABC):
             ignore_eos=self.ignore_eos,
             top_logprobs=top_logprobs,
             prompt_logprobs=prompt_logprobs,
+            grammar=self.grammar(),
         )
 
     def _check_min_tokens(self, max_tokens: int | None, field: str) -> None:

@@ -7,10 +7,11 @@ that calls `add` and `cancel` never waits for compute, and compute never waits f
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from llmboost.jobs import SamplingParams
+from llmboost.jobs import Grammar, SamplingParams
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -48,6 +49,8 @@ class SequenceRequest:
     `sampling.prompt_logprobs`: the prompt is computed for these alone."""
     priority: int = 0
     """0 is interactive, 1 batch: smaller is admitted first."""
+    grammar: Any = None
+    """What `Engine.compile` made of `sampling.grammar`; `output_ids` follow it as far as they go."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +110,12 @@ class EngineError(RuntimeError):
     """The engine can't be started or has ended; the message says why and what to do."""
 
 
+class GrammarError(ValueError):
+    """No output can be held to this grammar. The message follows the name of the field that has it."""
+
+
 class Engine(ABC):
-    """Continuous batching behind five verbs; every method may be called from the event loop."""
+    """Continuous batching behind a few verbs; every method may be called from the event loop."""
 
     @abstractmethod
     def start(
@@ -126,6 +133,13 @@ class Engine(ABC):
     @abstractmethod
     def add(self, requests: list[SequenceRequest]) -> None:
         """Queues sequences; they join the batch at the next step that has a slot."""
+
+    def compile(self, grammar: Grammar) -> "Future[Any]":
+        """Makes of a grammar what a `SequenceRequest` takes, in a thread of the engine's, and keeps it for
+        the next one with the same. The future fails with GrammarError. It is shared: never cancel it."""
+        refused: Future[Any] = Future()
+        refused.set_exception(GrammarError("can't be met: this engine holds no output to a grammar."))
+        return refused
 
     @abstractmethod
     def cancel(self, ids: list[str]) -> None:

@@ -41,13 +41,14 @@ class ChoiceText:
             end_ids: The model's end-of-sequence tokens, which aren't text even if the tokenizer doesn't know
                 them as special.
         """
-        self._detokenizer = tokenizer.detokenizer(continues)
+        # What is held to a grammar has a space at its beginning only if that says so.
+        self._detokenizer = tokenizer.detokenizer(continues, exact=sampling.grammar is not None)
         self._stops = StopStrings(sampling.stop, sampling.include_stop_str_in_output)
         self._min_tokens = sampling.min_tokens
         self._hidden: frozenset[int] = frozenset()
         if not sampling.include_stop_str_in_output:
             self._hidden = frozenset(sampling.stop_token_ids)
-            if not sampling.ignore_eos:
+            if not sampling.ignore_eos or sampling.grammar is not None:
                 self._hidden |= frozenset(end_ids)
         self.tokens = 0
         """Tokens read, up to and including the one that stopped it."""

@@ -98,7 +98,7 @@ class Tokenizer:
         text: str = self.hf.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
-    def detokenizer(self, continues: Sequence[int] = ()) -> Detokenizer:
+    def detokenizer(self, continues: Sequence[int] = (), *, exact: bool = False) -> Detokenizer:
         """A detokenizer for one choice.
 
         Tokenizers of the SentencePiece kind write a space before a word, and drop it from the first word
@@ -107,6 +107,8 @@ class Tokenizer:
         capital of France is" + " Paris"); vLLM does that always. Without them it is a text of its own, as
         the answer in a chat is: nothing precedes the space there that it could separate, and vLLM's answers
         of such models begin with one for that reason. Only the last few of the ids are looked at.
+
+        With `exact` the text is what `token_bytes` says, and begins with a space if they do.
         """
         context: list[int] = []
         for token_id in reversed(continues):
@@ -114,14 +116,14 @@ class Tokenizer:
                 context.append(token_id)
             if len(context) == CONTEXT_TOKENS:
                 break
-        return continued(self._new_detokenizer(), context[::-1])
+        return continued(self._new_detokenizer(exact), context[::-1])
 
-    def _new_detokenizer(self) -> Detokenizer:
+    def _new_detokenizer(self, exact: bool = False) -> Detokenizer:
         match self._family:
             case ByteLevel():
                 return ByteLevelDetokenizer(self._piece)
             case ByteFallback(strip=strip, strip_count=count):
-                return ByteFallbackDetokenizer(self._piece, strip, count)
+                return ByteFallbackDetokenizer(self._piece, strip, 0 if exact else count)
         return WindowDetokenizer(self.decode, self._name)
 
     def _piece(self, token_id: int) -> Any:
@@ -157,6 +159,27 @@ class Tokenizer:
             if "\ufffd" not in whole and shown != whole:
                 return False
         return True
+
+    def token_bytes(self) -> list[bytes]:
+        """What each token adds to a text, by id; b"" for one that isn't text (special, or none at all). Where
+        several add the same, as "A" and <0x41> do, all but the one that the tokenizer prefers are b"".
+
+        Raises:
+            TokenizerError: it isn't of the two families in which a token adds the same wherever it stands.
+        """
+        if self._family is None:
+            raise TokenizerError(
+                "this model's tokenizer doesn't say what bytes a token stands for, wherever it stands"
+            )
+        pieces = [self._piece(token_id) for token_id in range(self.vocab_size)]
+        preferred: dict[bytes, int] = {}
+        # Bytes are only for what has no token of its own.
+        for token_id, piece in sorted(enumerate(pieces), key=lambda each: isinstance(each[1], bytes)):
+            preferred.setdefault(piece if isinstance(piece, bytes) else piece.encode(), token_id)
+        tokens = [b""] * self.vocab_size
+        for text, token_id in preferred.items():
+            tokens[token_id] = text
+        return tokens
 
     def token_string(self, token_id: int) -> tuple[str, list[int] | None]:
         """One token as OpenAI's logprobs show it: its text, and its UTF-8 bytes (None if it has none).

@@ -3,9 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, WithJsonSchema, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
-from llmboost.jobs import Prompt, SamplingParams
+from llmboost.jobs import Grammar, Prompt, SamplingParams
 from llmboost_api.errors import ApiError
 from llmboost_api.protocol import tier
 from llmboost_api.protocol.metadata import Metadata
@@ -13,7 +13,7 @@ from llmboost_api.protocol.request import Neutral, RequestModel, never, only, pr
 from llmboost_api.protocol.responses.items import Input, Message, for_template
 from llmboost_api.protocol.sampling import Count, GenerationRequest
 from llmboost_api.protocol.shape import encode_json
-from llmboost_api.protocol.translate import shown
+from llmboost_api.protocol.structured import TextFormat
 
 LOGPROBS = "message.output_text.logprobs"
 
@@ -39,18 +39,6 @@ _ELSEWHERE = {
 """What fields of chat completions are called here."""
 
 
-def _format(value: Any) -> Any:
-    if not isinstance(value, dict):
-        raise problem("invalid_type", f'must be an object such as {{"type": "text"}}, not {shown(value)}.')
-    if value != {"type": "text"}:
-        raise problem(
-            "unsupported_value",
-            f"is of type {shown(value.get('type'))}; this server can't hold a model to a format yet. "
-            'Send {"type": "text"}, or leave it out.',
-        )
-    return value
-
-
 def _truncation(value: Any) -> Any:
     if value == "auto":
         raise problem(
@@ -66,9 +54,7 @@ class TextConfig(RequestModel):
 
     unsupported: ClassVar[Mapping[str, Neutral]] = {"verbosity": only("medium")}
 
-    format: Annotated[
-        dict[str, str], BeforeValidator(_format), WithJsonSchema({"const": {"type": "text"}})
-    ] = Field({"type": "text"})
+    format: TextFormat = TextFormat(type="text")
 
 
 def _no_reasoning(value: Any) -> bool:
@@ -108,7 +94,7 @@ class ResponseRequest(GenerationRequest):
     n: int = Field(1, ge=1, le=1)
     include: list[Includable] = Field([], description="What else the response is to hold.")
     top_logprobs: int = Field(0, ge=0, le=20, description=f"Needs {LOGPROBS} in `include`.")
-    text: TextConfig | None = Field(None, description="How the text is to be: plain.")
+    text: TextConfig | None = Field(None, description="How the text is to be: plain, or JSON.")
     truncation: Annotated[Literal["disabled"], BeforeValidator(_truncation)] = "disabled"
     store: bool = Field(True, description="Keep the response, to be retrieved and followed later.")
     background: bool = Field(False, description="Return at once; generate whether or not anybody reads.")
@@ -165,7 +151,7 @@ class ResponseRequest(GenerationRequest):
                 "service_tier": tier.used(self.service_tier) or "default",
                 "store": self.store,
                 "temperature": self.temperature,
-                "text": {"format": {"type": "text"}, "verbosity": "medium"},
+                "text": {"format": self._format.repeated(), "verbosity": "medium"},
                 "tool_choice": self.tool_choice,
                 "tools": [],
                 "top_logprobs": self.top_logprobs,
@@ -174,6 +160,14 @@ class ResponseRequest(GenerationRequest):
                 "user": self.user,
             }
         )
+
+    @property
+    def _format(self) -> TextFormat:
+        return (self.text or TextConfig()).format
+
+    def _grammars(self) -> list[Grammar]:
+        own = self._format.grammar()
+        return [*([own] if own else []), *super()._grammars()]
 
     def prompts(self) -> list[Prompt]:
         """Raises:

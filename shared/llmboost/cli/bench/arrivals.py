@@ -24,21 +24,16 @@ class Limit:
         if self._seconds is not None:
             self._ends = time.perf_counter() + self._seconds
 
-    @property
-    def is_over(self) -> bool:
-        """The time is."""
-        return time.perf_counter() >= self._ends
-
-    def next(self) -> int | None:
-        """The number of the next request; None: there is none."""
-        return None if self.is_over else next(self._numbers, None)
+    def next(self, at: float) -> int | None:
+        """The number of a request that is sent then; None: there is none any more."""
+        return next(self._numbers, None) if at < self._ends else None
 
 
 async def at_a_time(concurrency: int, limit: Limit, send: Send) -> None:
     """Keeps `concurrency` requests running: a new one when one has ended."""
 
     async def one_after_another() -> None:
-        while (number := limit.next()) is not None:
+        while (number := limit.next(time.perf_counter())) is not None:
             await send(number)
 
     limit.begin()
@@ -57,11 +52,9 @@ async def at_a_rate(rate: float, burstiness: float, seed: str, limit: Limit, sen
     began = time.perf_counter()
     async with asyncio.TaskGroup() as tasks:
         for at in times(rate, burstiness, seed):
-            if (number := limit.next()) is None:
+            if (number := limit.next(began + at)) is None:
                 break
             await asyncio.sleep(began + at - time.perf_counter())
-            if limit.is_over:
-                break
             late.append(time.perf_counter() - began - at)
             tasks.create_task(send(number))
     return late

@@ -9,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from llmboost.cli.bench.target import Target
 from llmboost.cli.bench.values import Load
 
 EVERY_S = 10.0
@@ -32,9 +31,6 @@ class Progress:
 
     every = 0.25
     """Seconds between two looks."""
-
-    def found(self, target: Target) -> None:
-        """The server has said what it is."""
 
     def warm(self, load: Load) -> None:
         """A point begins with its warm-up."""

@@ -68,7 +68,6 @@ class Measurement:
             self.target = await find(client, options, messages=is_chat)
             self._check_length(self.target)
             workload = Workload(options, self.target, self._questions)
-            self._progress.found(self.target)
             for number, load in enumerate(options.loads):
                 point = Point(options, load, number, client, workload)
                 self._points.append(point)
@@ -154,8 +153,7 @@ class Point:
             else:
                 await arrivals.at_a_time(load.concurrency or 1, limit, self._send)
         finally:
-            # Not now: with a rate, there is a pause after the last one.
-            self._ended = max((record.ended for record in self.records), default=time.perf_counter())
+            self._ended = time.perf_counter()
             self._cpu = time.thread_time() - cpu
             watching.cancel()
             progress.show(self._state())

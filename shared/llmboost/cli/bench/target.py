@@ -92,7 +92,9 @@ async def find(client: Client, options: Options, *, messages: bool) -> Target:
         return await _Search(client, options, messages).run()
     except WireError as error:
         advice = (
-            "start one: llmboost serve, or give its URL" if error.kind == "no connection" else "is it one?"
+            "start one: llmboost serve, or give its URL"
+            if error.kind == "no connection"
+            else "is it the right URL?"
         )
         raise TargetError(f"no server at {options.url}: {error} ({advice})") from None
 

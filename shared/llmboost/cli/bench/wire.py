@@ -5,6 +5,7 @@ from the server. This one hands the bytes of a body on from where the event loop
 """
 
 import asyncio
+import os
 import socket
 import ssl
 import time
@@ -161,6 +162,9 @@ class Connections:
         self._url = urlsplit(url)
         self._timeout = timeout
         self._idle: list[Connection] = []
+        secure = self._url.scheme == "https"
+        self._port = self._url.port or (443 if secure else 80)
+        self._tls = _tls() if secure else None
         host = self._url.netloc.rpartition("@")[2]
         fields = {"host": host, "user-agent": "llmboost-bench", "accept": "*/*", **headers}
         self._headers = "".join(f"{name}: {value}\r\n" for name, value in fields.items())
@@ -210,12 +214,9 @@ class Connections:
         return await self._open()
 
     async def _open(self) -> Connection:
-        secure = self._url.scheme == "https"
-        port = self._url.port or (443 if secure else 80)
-        context = ssl.create_default_context(cafile=certifi.where()) if secure else None
         try:
             _, connection = await asyncio.get_running_loop().create_connection(
-                Connection, self._url.hostname or "", port, ssl=context
+                Connection, self._url.hostname or "", self._port, ssl=self._tls
             )
         except ssl.SSLError as error:
             raise WireError("TLS", f"no secure connection: {error}") from None
@@ -231,3 +232,8 @@ def _explain(url: SplitResult, error: OSError) -> str:
     if isinstance(error, ConnectionRefusedError) or "Connect call failed" in str(error):
         return f"nothing listens at {place}"
     return f"can't connect to {place}: {error.strerror or error}"
+
+
+def _tls() -> ssl.SSLContext:
+    # A company's own authority is named as other clients have it named.
+    return ssl.create_default_context(cafile=os.environ.get("SSL_CERT_FILE") or certifi.where())

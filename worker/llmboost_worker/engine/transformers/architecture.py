@@ -33,6 +33,20 @@ def check_config(name: str, config: Any) -> None:
         raise refusal(name, "it has ALiBi position biases")
 
 
+def check_split(name: str, config: Any, tp: int) -> None:
+    """Refuses what can't be split over so many devices."""
+    if tp == 1:
+        return
+    if not getattr(config, "base_model_tp_plan", None):
+        raise refusal(name, f"--tp is {tp}, and transformers has no plan to split them: use --tp 1")
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        if (number := getattr(config, heads, None)) and number % tp:
+            raise EngineError(
+                f"--tp is {tp}, but {name!r} has {number} {heads}, which it doesn't divide: "
+                "use a --tp that does"
+            )
+
+
 def class_of(name: str, config: Any) -> Any:
     """transformers' class to load that configuration with: a causal language model, or the model around one
     that also takes images or sound, and serves for its text.

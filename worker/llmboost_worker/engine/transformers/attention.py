@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula, StaticBackend
 from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.layout import StepLayout
 
@@ -38,6 +38,9 @@ class Step:
         """[T, heads, dim] of the step's rows -> [T, heads, value_dim]"""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         self.backend.write(keys, values, key, value, self.layout)
+        if self.layout.is_static:
+            assert isinstance(self.backend, StaticBackend)
+            return self.backend.decode(keys, values, query, self.layout, formula)
         return self.backend.attend(keys, values, query, self.layout, formula)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE
 from llmboost_worker.engine.transformers.layout import StepLayout
 
 
@@ -22,6 +23,9 @@ class Formula:
 
 class AttentionBackend(ABC):
     """Attention of one layer, for all rows of a step. Each row sees what its sequence has up to itself."""
+
+    block_size = BLOCK_SIZE
+    """Tokens per block of the cache that it reads."""
 
     @abstractmethod
     def write(
@@ -48,3 +52,18 @@ class AttentionBackend(ABC):
         Returns:
             [T, heads, value_dim]
         """
+
+
+class StaticBackend(AttentionBackend):
+    """One whose decoding can be recorded into a CUDA graph."""
+
+    most_blocks: int | None
+    """Rows times the width of the block tables at most, if it reads all of the tables; None: it reads no
+    further than the lengths."""
+
+    @abstractmethod
+    def decode(
+        self, layer_keys: Tensor, layer_values: Tensor, query: Tensor, layout: StepLayout, formula: Formula
+    ) -> Tensor:
+        """As `attend`, for sequences of one row each. What is in the layout's tensors may change between
+        recording and replay, so nothing but their shapes is looked at on the host."""

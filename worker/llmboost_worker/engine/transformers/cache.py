@@ -5,14 +5,12 @@ sequence's end a weight of zero, and zero times NaN is NaN. So memory begins as 
 sequence that failed are cleared before another gets them.
 """
 
+import math
+import mmap
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
-
-ALIGNMENT = 64
-"""Bytes; a vector register of AVX-512, and a cache line."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +39,7 @@ class KeyValueCache:
     ) -> None:
         """
         Raises:
-            RuntimeError, MemoryError: there isn't as much memory.
+            RuntimeError, OSError: there isn't as much memory.
         """
         self.num_blocks = num_blocks
         self.block_size = block_size
@@ -75,11 +73,9 @@ class KeyValueCache:
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU, memory that the kernel gives only when it is first written: a cache may be much larger than
-    what is ever used of it. (`torch.zeros` would write all of it.)"""
+    """On a CPU, memory that the kernel gives page by page, when it is first written: a cache may be much
+    larger than what is ever used of it, and `torch.zeros` would write all of it."""
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.zeros(size + ALIGNMENT, dtype=np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
-    return torch.from_numpy(raw[start : start + size]).view(dtype).view(shape)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 Quantization = Literal["none", "int8"]
+Attention = Literal["auto", "flash_attn", "flex", "sdpa"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -23,6 +24,10 @@ class EngineConfig:
     """int8: weights in int8, activations in `dtype`."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:<n>. auto: CUDA if there is one."""
+    attention_backend: Attention = "auto"
+    """What attends on a GPU. auto: the quickest that is there."""
+    enable_cuda_graphs: bool = True
+    """On a GPU, record decoding once per size of the batch, and replay it."""
     max_model_len: int | None = None
     """Prompt and output together, in tokens. None: as many positions as the model was made for."""
     max_num_seqs: int = 256
@@ -40,6 +45,9 @@ class EngineConfig:
     """GiB for keys and values. None: half of what is available once a CPU's weights are loaded, 0.9 on
     CUDA. Never more than `max_num_seqs` sequences of full length need."""
 
+    tp: int = 1
+    """Devices over which the model is split (tensor parallelism); on a CPU, processes."""
+
     def __post_init__(self) -> None:
         if not self.model:
             raise ValueError("model is empty: give a folder or a name on the hub")
@@ -49,10 +57,24 @@ class EngineConfig:
             raise ValueError(f"quantization is {self.quantization!r}, but must be none or int8")
         if self.device not in ("auto", "cpu", "cuda") and not self.device.removeprefix("cuda:").isdigit():
             raise ValueError(f"device is {self.device!r}, but must be auto, cpu, cuda or cuda:<n>")
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "threads", "kv_cache_memory"):
+        for name in (
+            "max_model_len",
+            "max_num_seqs",
+            "max_num_batched_tokens",
+            "threads",
+            "kv_cache_memory",
+            "tp",
+        ):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise ValueError(f"{name} is {value}, but must be above 0")
+        if self.tp > 1 and self.device.startswith("cuda:"):
+            raise ValueError(f"device is {self.device!r}, but tp is {self.tp}: set device to cuda")
+        if self.tp > 1 and self.quantization != "none":
+            raise ValueError(
+                f"quantization is {self.quantization!r}, but tp is {self.tp}: a model that is split can't be "
+                "quantized"
+            )
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_num_batched_tokens ({self.max_num_batched_tokens}) is below max_num_seqs "

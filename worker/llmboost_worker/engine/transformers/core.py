@@ -1,7 +1,9 @@
 """The compute half of the engine: a model, its cache and the loop's three verbs. No threads, no callers."""
 
 import logging
+from contextlib import suppress
 
+from llmboost_worker.engine.grammar import MatcherThread
 from llmboost_worker.engine.interface import (
     EngineInfo,
     EngineStats,
@@ -9,11 +11,11 @@ from llmboost_worker.engine.interface import (
     SequenceRequest,
     StepOutput,
 )
-from llmboost_worker.engine.transformers import failures, loader, packing, selftest
-from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, BlockManager
+from llmboost_worker.engine.transformers import failures, loader, ready
+from llmboost_worker.engine.transformers.blocks import BlockManager
 from llmboost_worker.engine.transformers.config import EngineConfig
-from llmboost_worker.engine.transformers.loader import LoadedModel
 from llmboost_worker.engine.transformers.pace import Pace
+from llmboost_worker.engine.transformers.ranks import Leader, Place, Ranks, compute_with
 from llmboost_worker.engine.transformers.runner import ModelRunner
 from llmboost_worker.engine.transformers.sampler import Draw
 from llmboost_worker.engine.transformers.scheduler import Scheduler
@@ -29,8 +31,10 @@ class EngineCore:
         EngineError: the model can't be loaded or can't be served.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        loaded = _served(config)
+    def __init__(self, config: EngineConfig, place: Place | None = None) -> None:
+        """`place`: rank 0's, with `config.tp` above 1."""
+        self._ranks = None if place is None else Ranks(place, loader.device_of(config))
+        loaded = ready.load(config)
         self.info = EngineInfo(
             max_model_len=loaded.max_model_len,
             vocab_size=loaded.vocab_size,
@@ -40,9 +44,13 @@ class EngineCore:
             dtype=str(loaded.dtype).removeprefix("torch."),
             device=str(loaded.device),
         )
-        self._cache = loader.make_cache(config, loaded, BLOCK_SIZE)
-        self._blocks = BlockManager(self._cache.num_blocks, BLOCK_SIZE, config.enable_prefix_caching)
-        self._runner = ModelRunner(loaded.forward, self._cache, loaded.device)
+        cache = loader.make_cache(config, loaded, self._ranks)
+        forward, self._clear = ready.forward(config, loaded, cache), cache.clear
+        if self._ranks is not None:
+            leader = Leader(self._ranks, forward, cache)
+            forward, self._clear = leader, leader.clear
+        self._blocks = BlockManager(cache.num_blocks, cache.block_size, config.enable_prefix_caching)
+        self._runner = ModelRunner(forward, cache, loaded.device)
         self._pace = Pace()
         self._scheduler = Scheduler(
             self._blocks,
@@ -53,6 +61,7 @@ class EngineCore:
         )
         self._sequences: dict[str, Sequence] = {}
         """Those that the scheduler has."""
+        self._matchers = MatcherThread()
         self._ended: StepOutput = []
         """Of sequences that end without having run."""
         self._arrivals = 0
@@ -82,6 +91,8 @@ class EngineCore:
             self._arrivals += 1
             try:
                 sequence = Sequence(request, self.info, self._arrivals)
+                if sequence.sampling.grammar is not None and sequence.matcher is None:
+                    raise ValueError("its grammar has not been compiled")
                 reason = sequence.finish_reason()
                 if reason is None or sequence.is_scored:
                     self._scheduler.add(sequence)
@@ -95,6 +106,13 @@ class EngineCore:
             if reason is not None and not sequence.is_scored:
                 of_prompt = sequence.prompt_logprobs
                 self._ended.append(SequenceOutput(request.id, [], None, reason, prompt_logprobs=of_prompt))
+
+    def close(self) -> None:
+        """Lets the other ranks go, if there are any."""
+        if self._ranks is not None:
+            with suppress(failures.RankLost):
+                self._ranks.send(None)
+            self._ranks.leave()
 
     def cancel(self, ids: list[str]) -> None:
         for id in ids:
@@ -117,6 +135,9 @@ class EngineCore:
             if failures.is_device_lost(error):
                 raise
             return ended + self._fail_all(error)
+        self._matchers.start(
+            [(each.matcher, each.tokens) for each in batch if each.matcher is not None and each.is_sampled]
+        )
         draws = self._runner.run(batch) if batch else {}
         self._learn(batch)
         return ended + self._postprocess(batch, draws)
@@ -145,7 +166,7 @@ class EngineCore:
             draw = draws.get(sequence.id)
             if draw is not None and draw.error is not None:
                 outputs.append(_failure(sequence.id, draw.error, draw.is_refused))
-                self._cache.clear(self._blocks.unregistered(sequence.table))
+                self._clear(self._blocks.unregistered(sequence.table))
                 self._remove(sequence.id)
                 continue
             self._prompt_tokens += max(
@@ -185,26 +206,20 @@ class EngineCore:
         )
 
 
-def _served(config: EngineConfig) -> LoadedModel:
-    """The model as this machine computes it fastest and rightly.
+def follow(config: EngineConfig, place: Place) -> None:
+    """Does on a rank above 0 what the core of rank 0 does, until that closes.
 
     Raises:
-        EngineError: it can't be computed rightly.
+        EngineError: as `EngineCore`.
+        RankLost: rank 0 has died.
     """
-    loaded = loader.load(config)
-    expected = selftest.reference(loaded)
-    if packing.pack(loaded, config.quantization):
-        try:
-            selftest.run(loaded, expected, config.quantization)
-            return loaded
-        except Exception as error:  # a model may reach for what has been packed
-            if config.quantization != "none":
-                raise
-            logger.warning("this model is served as transformers has it, unpacked: %s", error)
-        del loaded
-        loaded = loader.load(config)  # packing took the weights
-    selftest.run(loaded, expected, config.quantization)
-    return loaded
+    ranks = Ranks(place, loader.device_of(config, place.local_rank))
+    try:
+        loaded = ready.load(config, place.local_rank)
+        cache = loader.make_cache(config, loaded, ranks)
+        compute_with(ranks, ready.forward(config, loaded, cache), cache, loaded.device)
+    finally:
+        ranks.leave()
 
 
 def _failure(id: str, error: str, is_refused: bool = False) -> SequenceOutput:

@@ -3,12 +3,16 @@
 import gc
 import logging
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 
+from llmboost.jobs import Grammar
+from llmboost_worker.engine.grammar import Grammars
 from llmboost_worker.engine.interface import (
     Engine,
     EngineError,
@@ -19,6 +23,8 @@ from llmboost_worker.engine.interface import (
 )
 from llmboost_worker.engine.transformers.config import EngineConfig
 from llmboost_worker.engine.transformers.core import EngineCore
+from llmboost_worker.engine.transformers.followers import Followers
+from llmboost_worker.engine.transformers.ranks import Place
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +36,12 @@ class TransformersEngine(Engine):
     which sleeps on the inbox when there is nothing to compute.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, tokens: Callable[[], Sequence[bytes]] | None = None) -> None:
+        """`tokens`: the bytes of each token, as `Grammars` takes them; without, no output can be held to a
+        grammar."""
         self._config = config
+        self._tokens = tokens
+        self._grammars: Grammars | None = None
         self._thread: threading.Thread | None = None
         self._inbox = threading.Condition()
         self._added: list[SequenceRequest] = []
@@ -41,6 +51,7 @@ class TransformersEngine(Engine):
         self._closing = False
         self._ended: BaseException | None = None
         """Why it takes on nothing any more."""
+        self._followers: Followers | None = None
         self._stats = EngineStats(running=0, waiting=0, steps=0, prompt_tokens=0, output_tokens=0)
         """As of the last step, except that `waiting` grows when requests are taken from the inbox."""
 
@@ -54,7 +65,13 @@ class TransformersEngine(Engine):
             target=self._work, args=(started, on_step, on_failure), name="llmboost-engine", daemon=True
         )
         self._thread.start()
-        return started.result()
+        info = started.result()
+        if self._tokens is not None:
+            self._grammars = Grammars(self._tokens, info.vocab_size, info.eos_token_ids)
+        return info
+
+    def compile(self, grammar: Grammar) -> "Future[Any]":
+        return super().compile(grammar) if self._grammars is None else self._grammars.compile(grammar)
 
     def add(self, requests: list[SequenceRequest]) -> None:
         """Raises:
@@ -86,6 +103,8 @@ class TransformersEngine(Engine):
         with self._inbox:
             self._closing = True
             self._inbox.notify()
+        if self._grammars is not None:
+            self._grammars.close()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -97,15 +116,18 @@ class TransformersEngine(Engine):
         on_step: Callable[[StepOutput], None],
         on_failure: Callable[[BaseException], None],
     ) -> None:
+        fail = _once(on_failure)
         try:
             with torch.inference_mode():
-                core = EngineCore(self._config)
+                core = EngineCore(self._config, self._place(started, fail))
         except BaseException as error:
             self._end(error)
+            self._dismiss()
             if not isinstance(error, EngineError):
                 logger.exception("can't start the engine")
                 error = EngineError(f"can't start the engine: {type(error).__name__}: {error}")
-            started.set_exception(error)
+            with suppress(InvalidStateError):  # a rank that died has said why
+                started.set_exception(error)
             return
         self._publish(core, [])
         started.set_result(core.info)
@@ -120,16 +142,50 @@ class TransformersEngine(Engine):
             # First: who hears of it ends the process. Otherwise a request that comes now would be refused
             # as if it were its own fault.
             try:
-                on_failure(error)
+                fail(error)
             finally:
                 self._end(error)
         else:
             self._end(EngineError("closed"))
         finally:
+            core.close()
+            self._dismiss()
             del core
             gc.collect()  # modules refer to themselves through hooks
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
+
+    def _place(self, started: "Future[EngineInfo]", fail: Callable[[BaseException], None]) -> Place | None:
+        """Rank 0's, among others that are started here if torchrun hasn't.
+
+        Raises:
+            EngineError: torchrun has started more or fewer than the model is to be split over.
+        """
+        if self._config.tp == 1:
+            return None
+        place = Place.given()
+        if place is not None:
+            if place.size != self._config.tp:
+                raise EngineError(
+                    f"torchrun has started {place.size} processes, but --tp is {self._config.tp}: "
+                    "make them the same, or leave torchrun out"
+                )
+            return place
+
+        def ended(what: str) -> None:
+            error = EngineError(what)
+            try:
+                started.set_exception(error)
+            except InvalidStateError:
+                fail(error)
+
+        self._followers = Followers(self._config, ended)
+        self._followers.start(self._config)
+        return self._followers.place
+
+    def _dismiss(self) -> None:
+        if self._followers is not None:
+            self._followers.close()
 
     def _receive(self, core: EngineCore) -> bool:
         """Takes what callers have left; waits for it when there is nothing to compute. False: time to end."""
@@ -160,3 +216,14 @@ class TransformersEngine(Engine):
             self._stats = replace(self._stats, running=0, waiting=0)
             self._added, self._cancelled = [], []
             self._live.clear()
+
+
+def _once(tell: Callable[[BaseException], None]) -> Callable[[BaseException], None]:
+    """Tells of the first failure: when a rank dies, the step notices and so does who watches it."""
+    told = threading.Lock()
+
+    def first(error: BaseException) -> None:
+        if told.acquire(blocking=False):
+            tell(error)
+
+    return first

@@ -9,9 +9,15 @@ SHOWN = 200
 """Characters of an exception's message that a client reads."""
 
 
+class RankLost(RuntimeError):
+    """One of the processes over which the model is split doesn't compute any more."""
+
+
 def is_device_lost(error: BaseException) -> bool:
     """Nothing can be computed any more, so the engine has to end: its requests go on elsewhere."""
-    return isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+    return isinstance(error, RankLost) or (
+        isinstance(error, torch.AcceleratorError) and not is_out_of_memory(error)
+    )
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -13,7 +13,9 @@ from llmboost_worker.engine.transformers.layout import StepLayout
 class Forward(Protocol):
     """Writes keys and values of all tokens into their slots, and says what comes after some of them."""
 
-    backend: AttentionBackend
+    @property
+    def backend(self) -> AttentionBackend:
+        """Of all layers."""
 
     def __call__(
         self, ids: Tensor, layout: StepLayout, cache: KeyValueCache, rows: Tensor | None = None

@@ -87,23 +87,23 @@ def attended(loaded: LoadedModel, case: Case) -> Tensor:
     backend, formula = loaded.forward.backend, loaded.forward.formula(case.layer, case.formula)
     if formula.window is not None:
         formula = replace(formula, window=WINDOW + formula.window - (case.window or formula.window))
-    num_blocks = -(-sum(CHUNKS) // BLOCK_SIZE)
+    num_blocks, size = -(-sum(CHUNKS) // backend.block_size), backend.block_size
     cache = KeyValueCache(
-        [loaded.layers[case.layer]], NOBODYS + 1 + num_blocks, BLOCK_SIZE, loaded.dtype, loaded.device
+        [loaded.layers[case.layer]], NOBODYS + 1 + num_blocks, size, loaded.dtype, loaded.device
     )
     keys, values = cache.keys[0], cache.values[0]
     parts, start = [], 0
-    for size in CHUNKS:
-        chunk = _Chunk(start, size)
+    for rows in CHUNKS:
+        chunk = _Chunk(start, rows)
         chunk.table.blocks.extend(range(NOBODYS + 1, NOBODYS + 1 + num_blocks))
-        layout = StepLayout.of([chunk], BLOCK_SIZE, loaded.device)
+        layout = StepLayout.of([chunk], size, loaded.device)
         query, key, value = (
-            tensor[0, :, start : start + size].transpose(0, 1)
+            tensor[0, :, start : start + rows].transpose(0, 1)
             for tensor in (case.query, case.key, case.value)
         )
         backend.write(keys, values, key, value, layout)
         parts.append(backend.attend(keys, values, query, layout, formula))
-        start += size
+        start += rows
     return torch.cat(parts)
 
 

@@ -49,6 +49,8 @@ class StepLayout:
     """[S], on the host: `lengths`."""
     tables: NDArray[np.int32]
     """[S, most blocks], on the host: `block_tables`."""
+    is_static: bool = False
+    """Recorded once and computed many times: only the tensors count, and all sequences have one row."""
     plans: dict[Any, Any] = field(default_factory=dict)
     """What a backend has worked out from all this; layers share it."""
 
@@ -58,13 +60,30 @@ class StepLayout:
         count = len(sequences)
         starts = np.fromiter((sequence.num_cached for sequence in sequences), np.int64, count)
         rows = np.fromiter((sequence.num_scheduled for sequence in sequences), np.int64, count)
-        ends = starts + rows
-        query_starts = np.zeros(count + 1, dtype=np.int64)
-        np.cumsum(rows, out=query_starts[1:])
-        used = -(-ends // block_size)
+        used = -(-(starts + rows) // block_size)
         tables = np.full((count, int(used.max())), NOBODYS, dtype=np.int32)
         for table, sequence, blocks in zip(tables, sequences, used.tolist(), strict=True):
             table[:blocks] = sequence.table.blocks[:blocks]
+        return cls.build(starts, rows, tables, block_size, device)
+
+    @classmethod
+    def build(
+        cls,
+        starts: NDArray[np.int64],
+        rows: NDArray[np.int64],
+        tables: NDArray[np.int32],
+        block_size: int,
+        device: torch.device,
+    ) -> "StepLayout":
+        """
+        Args:
+            starts: [S], tokens in the cache
+            rows: [S]; those of one row first
+            tables: [S, most blocks]
+        """
+        count, ends = len(rows), starts + rows
+        query_starts = np.zeros(count + 1, dtype=np.int64)
+        np.cumsum(rows, out=query_starts[1:])
         owner = np.repeat(np.arange(count), rows)
         positions = np.arange(int(query_starts[-1])) + (starts - query_starts[:-1])[owner]
         slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
@@ -78,6 +97,20 @@ class StepLayout:
             rows=rows,
             ends=ends,
             tables=tables,
+        )
+
+    def head(self, count: int) -> "StepLayout":
+        """That of the first sequences, which have one row each."""
+        return StepLayout(
+            query_starts=self.query_starts[: count + 1],
+            lengths=self.lengths[:count],
+            block_tables=self.block_tables[:count],
+            slots=self.slots[:count],
+            positions=self.positions[:count],
+            num_single=count,
+            rows=self.rows[:count],
+            ends=self.ends[:count],
+            tables=self.tables[:count],
         )
 
     def tail(self, first: int) -> "StepLayout":

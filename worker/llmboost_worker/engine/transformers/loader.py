@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 
 from llmboost.machine import available_cores, available_memory
 from llmboost_worker.engine.interface import EngineError
@@ -16,6 +17,7 @@ from llmboost_worker.engine.transformers.attention import NAME
 from llmboost_worker.engine.transformers.cache import KeyValueCache, LayerShape, bytes_per_token
 from llmboost_worker.engine.transformers.config import EngineConfig
 from llmboost_worker.engine.transformers.forward import Forward, ModelForward
+from llmboost_worker.engine.transformers.ranks import Ranks
 from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 
 logger = logging.getLogger(__name__)
@@ -44,26 +46,30 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
 
 
-def load(config: EngineConfig) -> LoadedModel:
-    """Reads configuration and weights, and puts the engine's attention into the model.
+def load(config: EngineConfig, local_rank: int = 0) -> LoadedModel:
+    """Reads configuration and weights, and puts the engine's attention into the model. With `config.tp`, all
+    ranks do this at the same time, and have a part of the weights each.
 
     Raises:
         EngineError
     """
-    device = _device(config.device)
+    device = device_of(config, local_rank)
     if device.type == "cpu":
-        torch.set_num_threads(config.threads or available_cores())
+        torch.set_num_threads(config.threads or max(1, available_cores() // config.tp))
     _check_folder(config.model)
-    options = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
+    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
     try:
         model_config = AutoConfig.from_pretrained(config.model, **options)
     except Exception as error:
         raise _not_found(config, error) from error
     name, text_config = model_config.model_type, model_config.get_text_config(decoder=True)
     architecture.check_config(name, text_config)
+    architecture.check_split(name, text_config, config.tp)
     model_class = architecture.class_of(name, model_config)
     max_model_len = _max_model_len(config, text_config)
     dtype = choose_dtype(config.dtype, model_config, device)
+    if config.tp > 1:
+        options["distributed_config"] = DistributedConfig(tp_size=config.tp)
     model: Any
     report: dict[str, Any]
     try:
@@ -101,17 +107,20 @@ def load(config: EngineConfig) -> LoadedModel:
     )
 
 
-def make_cache(config: EngineConfig, loaded: LoadedModel, block_size: int) -> KeyValueCache:
+def make_cache(config: EngineConfig, loaded: LoadedModel, ranks: Ranks | None = None) -> KeyValueCache:
     """The memory for keys and values, now that the weights are in theirs: as much as is given, but no more
-    than all sequences at once can fill. One block of it is nobody's.
+    than all sequences at once can fill, and as many blocks on each of the ranks. One block of it is nobody's.
 
     Raises:
         EngineError: not even one sequence of full length fits.
     """
     given, origin = _cache_bytes(config, loaded)
+    block_size = loaded.forward.backend.block_size
     per_block = block_size * bytes_per_token(loaded.layers, loaded.dtype)
     longest = -(-loaded.max_model_len // block_size)
     num_blocks = min(given // per_block, config.max_num_seqs * longest + 1)
+    if ranks is not None:
+        num_blocks = ranks.fewest(num_blocks)
     if num_blocks < longest + 1:
         raise EngineError(
             f"one sequence of max_model_len={loaded.max_model_len} tokens needs "
@@ -121,7 +130,7 @@ def make_cache(config: EngineConfig, loaded: LoadedModel, block_size: int) -> Ke
         )
     try:
         return KeyValueCache(loaded.layers, num_blocks, block_size, loaded.dtype, loaded.device)
-    except (RuntimeError, MemoryError) as error:  # torch has no common class for its allocators' refusals
+    except (RuntimeError, OSError) as error:  # of torch's allocator, of the kernel
         raise EngineError(
             f"no memory for {num_blocks * per_block / GIB:.2f} GiB of keys and values: lower kv_cache_memory "
             f"({error})"
@@ -132,7 +141,7 @@ def _cache_bytes(config: EngineConfig, loaded: LoadedModel) -> tuple[int, str]:
     """Memory for keys and values, and who says so."""
     available = _free_memory(loaded.device)
     if config.kv_cache_memory is None:
-        share = 0.9 if loaded.device.type == "cuda" else 0.5
+        share = 0.9 if loaded.device.type == "cuda" else 0.5 / config.tp  # on a CPU all take of the same
         return int(available * share), f"{share:.0%} of what is available are"
     given = int(config.kv_cache_memory * GIB)
     if given > available:
@@ -151,13 +160,25 @@ def _free_memory(device: torch.device) -> int:
     return available_memory()
 
 
-def _device(name: str) -> torch.device:
+def device_of(config: EngineConfig, local_rank: int = 0) -> torch.device:
+    """
+    Raises:
+        EngineError: it isn't there.
+    """
+    name = config.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise EngineError(
             f"device is {name!r}, but torch sees no CUDA device here: set device to cpu or auto"
         )
+    if config.tp > 1 and name == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise EngineError(
+                f"--tp is {config.tp}, but torch sees {torch.cuda.device_count()} CUDA devices here: "
+                "lower --tp"
+            )
+        name = f"cuda:{local_rank}"
     return torch.device(name)
 
 

@@ -10,16 +10,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmboost_worker.engine.transformers import masks
 from llmboost_worker.engine.transformers.parameters import Parameters, Penalties, pairs
 
 
 def apply(logits: Tensor, parameters: Parameters) -> None:
     """logits [rows, vocabulary], changed in place."""
+    matchers = {i: each.matcher for i, each in enumerate(parameters.sequences) if each.matcher is not None}
+    for i, matcher in matchers.items():
+        matcher.wait(parameters.sequences[i].tokens)
     if parameters.bias is not None:
         logits.index_put_(parameters.bias.index, parameters.bias.values, accumulate=True)
     if parameters.penalties is not None:
         _penalise(logits, parameters, parameters.penalties)
     _forbid(logits, parameters)
+    if matchers:
+        masks.forbid(logits, matchers)
 
 
 def _penalise(logits: Tensor, parameters: Parameters, penalties: Penalties) -> None:
@@ -39,7 +45,11 @@ def _penalise(logits: Tensor, parameters: Parameters, penalties: Penalties) -> N
 
 
 def _forbid(logits: Tensor, parameters: Parameters) -> None:
-    held = [(row, one) for row, one in parameters.min_tokens if one.num_output < one.sampling.min_tokens]
+    held = [
+        (row, one)
+        for row, one in parameters.min_tokens
+        if one.num_output < one.sampling.min_tokens and not (one.matcher and one.matcher.must_end)
+    ]
     if held:
         ids = [sequence.held_back_ids for _, sequence in held]
         logits[pairs([row for row, _ in held], ids, logits.device)] = -torch.inf

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmboost_worker.engine.interface import TokenLogprobs
 from llmboost_worker.engine.transformers import filters, penalties, randomness
+from llmboost_worker.engine.transformers.host import HostCopy, host_copy
 from llmboost_worker.engine.transformers.logprobs import logprobs
 from llmboost_worker.engine.transformers.parameters import Parameters
 from llmboost_worker.engine.transformers.sequence import Sequence
@@ -53,6 +54,7 @@ class Sampler:
     def __init__(self) -> None:
         self._parameters: Parameters | None = None
         """Of the last batch: most steps have the same sequences as the one before."""
+        self._copy: HostCopy | None = None
 
     def sample(self, logits: Tensor, sequences: list[Sequence]) -> list[Draw]:
         """logits [rows, vocabulary] of `sequences`, in any float type; may be overwritten."""
@@ -62,12 +64,15 @@ class Sampler:
         penalties.apply(logits, parameters)
         best, tokens = draw(logits, parameters)
         # The maximum passes NaN on, and is -inf where no token is left: one look at each row finds both.
-        ids = torch.where(best.isfinite(), tokens, NO_TOKEN).tolist()
-        draws = [Draw(token) for token in ids]
+        copy = self._copy = self._copy or host_copy(logits.device)
+        copy.start(torch.where(best.isfinite(), tokens, NO_TOKEN))
+        of_rows: list[TokenLogprobs] = []
         if model is not None:
             of_rows = logprobs(model, tokens[parameters.logprob_index], parameters.top_logprobs)
-            for row, each in zip(parameters.logprob_rows, of_rows, strict=True):
-                draws[row] = Draw(ids[row], each)
+        ids = copy.wait()
+        draws = [Draw(token) for token in ids]
+        for row, each in zip(parameters.logprob_rows, of_rows, strict=True):
+            draws[row] = Draw(ids[row], each)
         if NO_TOKEN in ids:
             draws = [
                 each if each.token != NO_TOKEN else _undrawn(most, one)
@@ -83,13 +88,21 @@ class Sampler:
 
 def _undrawn(best: float, sequence: Sequence) -> Draw:
     """What is wrong with a row, by its largest logit."""
+    if sequence.matcher is not None and sequence.matcher.error is not None:
+        why = (
+            f"The output can't be held to its grammar any longer: {sequence.matcher.error}. Make it simpler."
+        )
+        return Draw(error=why, is_refused=True)
     if math.isnan(best) or best > 0:
         what = "not numbers (NaN)" if math.isnan(best) else "infinite"
         return Draw(
             error=f"The model's logits are {what}. If others' are too, an operator can try a wider --dtype."
         )
     if sequence.sampling.logit_bias or sequence.sampling.min_tokens:
-        why = "No token is left to draw: logit_bias and min_tokens exclude all of them. Relax them."
+        excluders = (
+            "logit_bias, min_tokens and the grammar" if sequence.matcher else "logit_bias and min_tokens"
+        )
+        why = f"No token is left to draw: {excluders} exclude all of them. Relax them."
         return Draw(error=why, is_refused=True)
     return Draw(error="The model gives every token a probability of 0: its weights may be damaged.")
 

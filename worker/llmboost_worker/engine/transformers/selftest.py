@@ -107,18 +107,20 @@ def _computed(loaded: LoadedModel) -> list[tuple[int, Tensor]]:
     tokens = _sequences(loaded.vocab_size)
     info = EngineInfo(loaded.max_model_len, loaded.vocab_size, len(tokens), (), "", "", "")
     sequences = [_sequence(str(i), ids, info) for i, ids in enumerate(tokens)]
-    blocks = BlockManager(1 + sum(-(-len(ids) // BLOCK_SIZE) for ids in tokens))
-    cache = KeyValueCache(loaded.layers, blocks.num_blocks + 1, BLOCK_SIZE, loaded.dtype, loaded.device)
+    size = loaded.forward.backend.block_size
+    blocks = BlockManager(1 + sum(-(-len(ids) // size) for ids in tokens), size)
+    cache = KeyValueCache(loaded.layers, blocks.num_blocks + 1, size, loaded.dtype, loaded.device)
     runner = ModelRunner(loaded.forward, cache, loaded.device)
     computed: list[tuple[int, Tensor]] = []
     for sizes in STEPS:
-        batch = [sequence for sequence, size in zip(sequences, sizes, strict=True) if size]
-        for sequence, size in zip(batch, filter(None, sizes), strict=True):
+        batch = [sequence for sequence, rows in zip(sequences, sizes, strict=True) if rows]
+        for sequence, rows in zip(batch, filter(None, sizes), strict=True):
             if not sequence.table.blocks:
                 sequence.begin(blocks.allocate(sequence.table, sequence.tokens))
-            sequence.num_scheduled = size
+            # Larger blocks than BLOCK_SIZE aren't shared, and more is left for the last step.
+            sequence.num_scheduled = sequence.num_uncached if sizes is STEPS[-1] else rows
         ordered = in_order(batch)
-        logits, sampled = runner.forward(ordered, StepLayout.of(ordered, BLOCK_SIZE, loaded.device))
+        logits, sampled = runner.forward(ordered, StepLayout.of(ordered, size, loaded.device))
         computed += [(int(sequence.id), row) for row, sequence in zip(logits, sampled, strict=True)]
         for sequence in batch:
             sequence.num_cached += sequence.num_scheduled

@@ -3,6 +3,7 @@
 import numpy as np
 from numpy.typing import NDArray
 
+from llmboost_worker.engine.grammar import Compiled, Matcher
 from llmboost_worker.engine.interface import EngineInfo, FinishReason, SequenceRequest, TokenLogprobs
 from llmboost_worker.engine.transformers import randomness
 from llmboost_worker.engine.transformers.blocks import BlockTable
@@ -38,7 +39,13 @@ class Sequence:
 
         self.random_state = randomness.stream(sampling.seed, request.choice)
         stops = {token for token in sampling.stop_token_ids if 0 <= token < info.vocab_size}
-        self.stop_ids = frozenset(stops if sampling.ignore_eos else stops.union(info.eos_token_ids))
+        self.matcher: Matcher | None = None
+        """What its grammar allows next."""
+        if isinstance(request.grammar, Compiled):
+            self.matcher = request.grammar.matcher(self.num_prompt, holds_end=sampling.ignore_eos)
+        # With a grammar the end is allowed only where the output may end, or must.
+        ignores_end = sampling.ignore_eos and self.matcher is None
+        self.stop_ids = frozenset(stops if ignores_end else stops.union(info.eos_token_ids))
         self.held_back_ids = np.array(sorted(stops.union(info.eos_token_ids)), dtype=np.int64)
         """Not drawn before `min_tokens`."""
         self.bias_ids = np.array(list(sampling.logit_bias.keys()), dtype=np.int64)

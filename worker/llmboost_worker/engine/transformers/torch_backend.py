@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.backend import Formula, StaticBackend
 from llmboost_worker.engine.transformers.layout import StepLayout
 
 QUERY_BLOCK = 256
@@ -36,7 +36,9 @@ MOST_SCORES = 1 << 22
 """Elements of one mask."""
 
 
-class TorchBackend(AttentionBackend):
+class TorchBackend(StaticBackend):
+    most_blocks = MOST_BLOCKS
+
     def write(
         self, layer_keys: Tensor, layer_values: Tensor, key: Tensor, value: Tensor, layout: StepLayout
     ) -> None:
@@ -57,6 +59,27 @@ class TorchBackend(AttentionBackend):
         for group in layout.plans[window]:
             group.attend(layer_keys, layer_values, query, out, formula)
         return out
+
+    def decode(
+        self, layer_keys: Tensor, layer_values: Tensor, query: Tensor, layout: StepLayout, formula: Formula
+    ) -> Tensor:
+        rows, heads, _ = query.shape
+        keys, values = (
+            tensor.index_select(0, layout.block_tables.flatten())
+            .view(rows, -1, *tensor.shape[2:])
+            .transpose(1, 2)
+            for tensor in (layer_keys, layer_values)
+        )
+        plan = (TorchBackend.decode, formula.window)
+        if plan not in layout.plans:
+            key = torch.arange(keys.shape[2], device=query.device)
+            hidden = key >= layout.lengths[:, None]
+            if formula.window is not None:
+                hidden |= key < layout.lengths[:, None] - formula.window
+            mask = torch.zeros(hidden.shape, dtype=query.dtype, device=query.device)
+            layout.plans[plan] = mask.masked_fill_(hidden, -torch.inf)[:, None, None]
+        packed = query.reshape(rows, keys.shape[1], heads // keys.shape[1], -1)
+        return attend(packed, keys, values, layout.plans[plan], formula).reshape(rows, heads, -1)
 
 
 @dataclass(slots=True)

@@ -28,6 +28,7 @@ typedef float Quarters __attribute__((vector_size(16), aligned(4), may_alias));
 typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
+typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
 
 struct BFloat16 {
   uint16_t bits;
@@ -35,8 +36,19 @@ struct BFloat16 {
 
 inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
 
+// GCC 12 converts vectors of integers one by one, where AVX-512 has an instruction for all of them.
+#ifdef __AVX512F__
+inline Words widened(Shorts x) { return (Words)_mm512_cvtepu16_epi32((__m256i)x); }
+inline Shorts narrowed(Words x) { return (Shorts)_mm512_cvtepi32_epi16((__m512i)x); }
+inline Ints widened(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
+#else
+inline Words widened(Shorts x) { return __builtin_convertvector(x, Words); }
+inline Shorts narrowed(Words x) { return __builtin_convertvector(x, Shorts); }
+inline Ints widened(Bytes x) { return __builtin_convertvector(x, Ints); }
+#endif
+
 inline Floats load(const BFloat16* from) {
-  return (Floats)(__builtin_convertvector(*reinterpret_cast<const Shorts*>(from), Words) << 16);
+  return (Floats)(widened(*reinterpret_cast<const Shorts*>(from)) << 16);
 }
 
 inline void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
@@ -45,7 +57,7 @@ inline void store(BFloat16* to, Floats x) {  // to nearest, ties to even; NaN st
   Words bits = (Words)x;
   Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   rounded = (x == x) ? rounded : (bits >> 16) | 0x40;
-  *reinterpret_cast<Shorts*>(to) = __builtin_convertvector(rounded, Shorts);
+  *reinterpret_cast<Shorts*>(to) = narrowed(rounded);
 }
 
 template <class T>
@@ -387,14 +399,8 @@ void rotate_and_store(T* qkv, const Rotation& how, const T* query_norm, const T*
 
 // Weights in int8 ------------------------------------------------------------------------------------------------
 
-typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
-
 inline Floats load(const int8_t* from) {
-#ifdef __AVX512F__  // which GCC doesn't find by itself
-  return (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from))));
-#else
-  return __builtin_convertvector(__builtin_convertvector(*reinterpret_cast<const Bytes*>(from), Ints), Floats);
-#endif
+  return __builtin_convertvector(widened(*reinterpret_cast<const Bytes*>(from)), Floats);
 }
 
 inline void store_one(float* to, float x) { *to = x; }
