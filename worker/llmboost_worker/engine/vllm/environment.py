@@ -1,7 +1,6 @@
 """What vLLM reads from the environment, for itself and for the processes that it starts."""
 
 import os
-import sys
 from pathlib import Path
 
 from llmboost.machine import available_cores
@@ -43,10 +42,6 @@ def prepare_cpu(threads: int | None, processes: int) -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding)
     if binding == "nobind":
         os.environ.setdefault("OMP_NUM_THREADS", str(count))
-    # vLLM's kernels were tuned with Intel's OpenMP, which its wheel brings along but doesn't load.
-    library = Path(sys.prefix) / "lib" / "libiomp5.so"
-    if library.is_file() and "LD_PRELOAD" not in os.environ:
-        os.environ["LD_PRELOAD"] = str(library)
 
 
 def threads_of(threads: int | None, processes: int) -> tuple[str, int]:
