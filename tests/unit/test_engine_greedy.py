@@ -69,7 +69,7 @@ def generate(folder: Path, prompts: list[list[int]], max_tokens: int) -> list[li
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_mixed_batch_gets_token_for_token_what_generate_gives(name: str, tmp_path: Path) -> None:
-    """32 prompts at once, some longer than a step's tokens, some outgrowing their slots."""
+    """32 prompts at once, some longer than a step's tokens, some outgrowing their blocks."""
     folder = save_model(CONFIGS[name], tmp_path)
     with driving(folder, max_num_batched_tokens=48, max_num_seqs=20) as driver:
         results = driver.run(*(request(str(i), ids, max_tokens=12) for i, ids in enumerate(PROMPTS)))
