@@ -370,7 +370,7 @@ def _running_state() -> list[Any]:
 
         return running
 
-    return [_attribute("llmboost_worker.engine.transformers.randomness", "key", change)]
+    return [_attribute("llmboost_worker.engine.transformers.sampling.randomness", "key", change)]
 
 
 def pytest_configure() -> None:

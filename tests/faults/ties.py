@@ -133,7 +133,7 @@ class Judge:
 
 def distance(logits: Any, sequence: Any, token: int) -> float:
     """How far the scores [vocabulary] are from having this token drawn; 0 if it is."""
-    from llmboost_worker.engine.transformers import penalties, randomness, sampler
+    from llmboost_worker.engine.transformers.sampling import penalties, randomness, sampler
 
     row = logits[None].clone()
     penalties.apply(row, [sequence])
@@ -153,7 +153,7 @@ def _nearly(row: Any, sampling: Any) -> Iterator[Any]:
     """The weights [1, vocabulary] if what the filters cut off, or keep, were a little more or less."""
     import msgspec
 
-    from llmboost_worker.engine.transformers import sampler
+    from llmboost_worker.engine.transformers.sampling import sampler
 
     every = (row / max(sampling.temperature, sampler.COLDEST)).clamp(min=sampler.LEAST).exp()
     for more in (0, -NEAR, NEAR):
@@ -170,7 +170,7 @@ def _behind(weights: Any, key: int, token: int) -> float:
     """How far a token's score is behind that of the race's winner, first of the blocks, then inside."""
     import torch
 
-    from llmboost_worker.engine.transformers import randomness, sampler
+    from llmboost_worker.engine.transformers.sampling import randomness, sampler
 
     padded = torch.nn.functional.pad(weights, (0, -weights.shape[1] % sampler.BLOCK))[0].double()
     blocks = padded.view(-1, sampler.BLOCK)

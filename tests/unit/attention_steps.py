@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers.backend import Formula
+from llmboost_worker.engine.transformers.attention.backend import Formula
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.blocks import BlockTable
-from llmboost_worker.engine.transformers.layout import StepLayout
 
 HEADS, KEY_HEADS, DIM = 6, 2, 16
 

@@ -20,7 +20,7 @@ from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.mistral import modeling_mistral
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers import architecture, probe
+from llmboost_worker.engine.transformers.loading import architecture, probe
 from tests.unit.engine_configs import COMMON, FAMILIES, LOCAL
 
 LONG = 100_000

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmboost_worker.engine.transformers import torch_backend
-from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.attention import torch_backend
+from llmboost_worker.engine.transformers.attention.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
+from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 from llmboost_worker.engine.transformers.blocks import BlockManager, BlockTable
-from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 
 SIZE = 4
 CPU = torch.device("cpu")

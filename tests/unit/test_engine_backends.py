@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers import backends
-from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula, StaticBackend
-from llmboost_worker.engine.transformers.backends import Machine
+from llmboost_worker.engine.transformers.attention import backends
+from llmboost_worker.engine.transformers.attention.backend import AttentionBackend, Formula, StaticBackend
+from llmboost_worker.engine.transformers.attention.backends import Machine
+from llmboost_worker.engine.transformers.attention.flash_backend import FlashBackend
+from llmboost_worker.engine.transformers.attention.flex_backend import FlexBackend
+from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 from llmboost_worker.engine.transformers.cache import LayerShape
-from llmboost_worker.engine.transformers.flash_backend import FlashBackend
-from llmboost_worker.engine.transformers.flex_backend import FlexBackend
-from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 from tests.unit.attention_steps import CHUNKS, FORMULAS, HEADS, KEY_HEADS, Numbers, numbers
 
 HALF, FULL = torch.bfloat16, torch.float32

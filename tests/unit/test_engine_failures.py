@@ -13,7 +13,7 @@ from llmboost_worker.engine.interface import EngineError, SequenceRequest, StepO
 from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, failures
 from llmboost_worker.engine.transformers.core import EngineCore
 from llmboost_worker.engine.transformers.runner import ModelRunner
-from llmboost_worker.engine.transformers.sampler import Sampler
+from llmboost_worker.engine.transformers.sampling.sampler import Sampler
 from llmboost_worker.engine.transformers.scheduler import Scheduler
 from llmboost_worker.engine.transformers.sequence import Sequence
 from tests.unit.engine_models import CONFIGS, Collected, Driver, driving, prompt, request, save_model

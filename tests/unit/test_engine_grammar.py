@@ -16,7 +16,7 @@ from transformers import LlamaConfig
 from llmboost.jobs import Grammar
 from llmboost_worker.engine.grammar import Matcher
 from llmboost_worker.engine.interface import SequenceRequest
-from llmboost_worker.engine.transformers import masks
+from llmboost_worker.engine.transformers.sampling import masks
 from tests.unit.engine_kinds import ENGINES, driving_vllm
 from tests.unit.engine_models import COMMON, Driver, driving, prompt, request, save_model
 from tests.unit.grammars import PADDING, of_choices, of_schema, said, tokenizer_of

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers import EngineConfig, ready
+from llmboost_worker.engine.transformers import EngineConfig
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
+from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 from llmboost_worker.engine.transformers.cache import KeyValueCache, LayerShape
 from llmboost_worker.engine.transformers.forward import Forward, ModelForward
 from llmboost_worker.engine.transformers.graphs import DecodeGraphs, sizes, widths
-from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.loader import LoadedModel
-from llmboost_worker.engine.transformers.torch_backend import TorchBackend
+from llmboost_worker.engine.transformers.loading import ready
+from llmboost_worker.engine.transformers.loading.loader import LoadedModel
 from tests.unit.engine_configs import CONFIGS, FAMILIES
 from tests.unit.engine_models import driving, prompt, request, save_model
 

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-from llmboost_worker.engine.transformers.backend import Formula
+from llmboost_worker.engine.transformers.attention.backend import Formula
+from llmboost_worker.engine.transformers.attention.compiled_backend import SHORT, CompiledBackend
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
+from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 from llmboost_worker.engine.transformers.blocks import BlockTable
-from llmboost_worker.engine.transformers.compiled_backend import SHORT, CompiledBackend
 from llmboost_worker.engine.transformers.kernels import PART, Kernels, Rotation
-from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 
 BLOCK_SIZE = 16
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}

@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from llmboost_worker.engine.interface import EngineError, EngineInfo
-from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, architecture
+from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
+from llmboost_worker.engine.transformers.loading import architecture
 from llmboost_worker.engine.transformers.runner import ModelRunner
 from tests.unit.engine_configs import COMMON, CONFIGS, EOS
 from tests.unit.engine_models import driving, prompt, request, save_model

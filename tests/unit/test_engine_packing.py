@@ -16,11 +16,12 @@ from transformers import (
 )
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers import EngineConfig, kernels, linear, loader, packing, selftest
-from llmboost_worker.engine.transformers.compiled_backend import CompiledBackend
+from llmboost_worker.engine.transformers import EngineConfig, kernels, linear
+from llmboost_worker.engine.transformers.attention.compiled_backend import CompiledBackend
 from llmboost_worker.engine.transformers.forward import ModelForward
 from llmboost_worker.engine.transformers.fused import FusedForward
 from llmboost_worker.engine.transformers.kernels.build import BuildError
+from llmboost_worker.engine.transformers.loading import loader, packing, selftest
 from tests.unit.engine_configs import COMMON, GPT2_COMMON
 from tests.unit.engine_models import driving, prompt, request, save_model
 from tests.unit.test_engine_greedy import generate

@@ -12,9 +12,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, architecture, failures
+from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, failures
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.cache import KeyValueCache, LayerShape
-from llmboost_worker.engine.transformers.layout import StepLayout
+from llmboost_worker.engine.transformers.loading import architecture
 from llmboost_worker.engine.transformers.ranks import Leader, Message, Place, RankLost, compute_with
 from tests.unit.engine_configs import CONFIGS, FAMILIES
 from tests.unit.engine_models import driving, prompt, request, save_model

@@ -20,9 +20,9 @@ from transformers import (
 )
 
 from llmboost_worker.engine.interface import EngineInfo
-from llmboost_worker.engine.transformers import filters, penalties, randomness
-from llmboost_worker.engine.transformers.parameters import Parameters
-from llmboost_worker.engine.transformers.sampler import BLOCK, Draw, Sampler, race, weigh
+from llmboost_worker.engine.transformers.sampling import filters, penalties, randomness
+from llmboost_worker.engine.transformers.sampling.parameters import Parameters
+from llmboost_worker.engine.transformers.sampling.sampler import BLOCK, Draw, Sampler, race, weigh
 from llmboost_worker.engine.transformers.sequence import Sequence
 from tests.unit.engine_models import EOS, VOCAB, request
 

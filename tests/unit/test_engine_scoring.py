@@ -9,8 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from llmboost_worker.engine.interface import TokenLogprobs
-from llmboost_worker.engine.transformers import scoring
 from llmboost_worker.engine.transformers.runner import ModelRunner
+from llmboost_worker.engine.transformers.sampling import scoring
 from llmboost_worker.engine.transformers.sequence import Sequence
 from tests.unit.engine_models import CONFIGS, Driver, driving, prompt, request, save_model
 

@@ -11,16 +11,11 @@ from transformers import Gemma2Config, GptOssConfig, GraniteConfig, MistralConfi
 from transformers.models.llama import modeling_llama
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers import (
-    EngineConfig,
-    TransformersEngine,
-    attention,
-    fused,
-    runner,
-    selftest,
-)
-from llmboost_worker.engine.transformers.backend import Formula
-from llmboost_worker.engine.transformers.layout import StepLayout
+from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, fused, runner
+from llmboost_worker.engine.transformers.attention import hook
+from llmboost_worker.engine.transformers.attention.backend import Formula
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
+from llmboost_worker.engine.transformers.loading import selftest
 from tests.unit.engine_configs import COMMON, CONFIGS, LOCAL
 from tests.unit.engine_models import save_model
 
@@ -84,7 +79,7 @@ def test_a_sound_model_passes(folders: dict[str, Path], name: str, dtype: str) -
 def test_a_formula_that_is_not_the_layers_is_refused(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, wrong: dict[str, Any], dtype: str
 ) -> None:
-    for module in (attention, fused):
+    for module in (hook, fused):
         monkeypatch.setattr(module, "Formula", lambda *given: replace(Formula(*given), **wrong))
     with pytest.raises(EngineError, match=r"gives other"):
         start(folders[name], dtype)
@@ -102,7 +97,7 @@ def a_little_warm(given: Formula) -> Formula:
 def test_a_formula_that_is_a_little_off_is_refused(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str, wrong: Callable[[Formula], Formula]
 ) -> None:
-    for module in (attention, fused):
+    for module in (hook, fused):
         monkeypatch.setattr(module, "Formula", lambda *given: wrong(Formula(*given)))
     with pytest.raises(EngineError, match=f"'{name}'.*gives other"):
         start(folders[name])

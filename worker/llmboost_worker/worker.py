@@ -260,7 +260,7 @@ def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
     model = locate(settings.model)
     tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
     if settings.engine == "vllm":
-        return _vllm_engine(settings, model), tokenizer
+        return _vllm_engine(settings, model, tokenizer), tokenizer
     return _transformers_engine(settings, model, tokenizer), tokenizer
 
 

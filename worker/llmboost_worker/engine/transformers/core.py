@@ -11,13 +11,14 @@ from llmboost_worker.engine.interface import (
     SequenceRequest,
     StepOutput,
 )
-from llmboost_worker.engine.transformers import failures, loader, ready
+from llmboost_worker.engine.transformers import failures
 from llmboost_worker.engine.transformers.blocks import BlockManager
 from llmboost_worker.engine.transformers.config import EngineConfig
+from llmboost_worker.engine.transformers.loading import loader, ready
 from llmboost_worker.engine.transformers.pace import Pace
 from llmboost_worker.engine.transformers.ranks import Leader, Place, Ranks, compute_with
 from llmboost_worker.engine.transformers.runner import ModelRunner
-from llmboost_worker.engine.transformers.sampler import Draw
+from llmboost_worker.engine.transformers.sampling.sampler import Draw
 from llmboost_worker.engine.transformers.scheduler import Scheduler
 from llmboost_worker.engine.transformers.sequence import Sequence
 

@@ -4,10 +4,10 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from llmboost_worker.engine.transformers.attention import Step, attending
-from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.attention.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.attention.hook import Step, attending
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.cache import KeyValueCache
-from llmboost_worker.engine.transformers.layout import StepLayout
 
 
 class Forward(Protocol):

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmboost_worker.engine.transformers import architecture
-from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.attention.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.config import Quantization
 from llmboost_worker.engine.transformers.kernels import WIDTH, Kernels, Rotation
-from llmboost_worker.engine.transformers.layout import StepLayout
 from llmboost_worker.engine.transformers.linear import Product, product
+from llmboost_worker.engine.transformers.loading import architecture
 
 LAYERS = {
     "LlamaDecoderLayer",

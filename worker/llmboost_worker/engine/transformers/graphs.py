@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from llmboost_worker.engine.transformers import failures
-from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula, StaticBackend
+from llmboost_worker.engine.transformers.attention.backend import AttentionBackend, Formula, StaticBackend
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.blocks import NOBODYS
 from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.forward import Forward
-from llmboost_worker.engine.transformers.layout import StepLayout
 
 logger = logging.getLogger(__name__)
 

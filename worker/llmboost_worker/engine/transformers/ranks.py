@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.attention.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.failures import RankLost
 from llmboost_worker.engine.transformers.forward import Forward
-from llmboost_worker.engine.transformers.layout import StepLayout
 
 FOREVER = timedelta(days=3650)
 """Ranks wait for the next step as long as there are no requests. That one has died they notice otherwise: its

@@ -6,12 +6,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers import failures, scoring
+from llmboost_worker.engine.transformers import failures
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.forward import Forward
-from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.sampler import Draw, Sampler
-from llmboost_worker.engine.transformers.scoring import PromptScores
+from llmboost_worker.engine.transformers.sampling import scoring
+from llmboost_worker.engine.transformers.sampling.sampler import Draw, Sampler
+from llmboost_worker.engine.transformers.sampling.scoring import PromptScores
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 logger = logging.getLogger(__name__)

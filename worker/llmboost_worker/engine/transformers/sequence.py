@@ -5,8 +5,8 @@ from numpy.typing import NDArray
 
 from llmboost_worker.engine.grammar import Compiled, Matcher
 from llmboost_worker.engine.interface import EngineInfo, FinishReason, SequenceRequest, TokenLogprobs
-from llmboost_worker.engine.transformers import randomness
 from llmboost_worker.engine.transformers.blocks import BlockTable
+from llmboost_worker.engine.transformers.sampling import randomness
 
 
 class Sequence:

@@ -12,7 +12,7 @@ from transformers import AutoConfig
 
 from llmboost.jobs import SamplingParams
 from llmboost_worker.engine.interface import EngineError, EngineInfo, SequenceOutput, SequenceRequest
-from llmboost_worker.engine.transformers.loader import choose_dtype
+from llmboost_worker.engine.transformers.loading.loader import choose_dtype
 from llmboost_worker.engine.transformers.sequence import Sequence
 from llmboost_worker.engine.vllm import environment, params
 from llmboost_worker.engine.vllm.complaints import Inbox

@@ -17,7 +17,7 @@ from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 from llmboost.jobs import Grammar
 from llmboost_worker.engine.grammar import Compiled, Grammars, MatcherThread
 from llmboost_worker.engine.interface import EngineInfo
-from llmboost_worker.engine.transformers.sampler import Sampler
+from llmboost_worker.engine.transformers.sampling.sampler import Sampler
 from llmboost_worker.engine.transformers.sequence import Sequence
 from llmboost_worker.engine.vllm import vocabulary
 from llmboost_worker.engine.vllm.complaints import Outbox

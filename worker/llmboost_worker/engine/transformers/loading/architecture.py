@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers import probe
 from llmboost_worker.engine.transformers.cache import LayerShape
-from llmboost_worker.engine.transformers.probe import LayerCall
+from llmboost_worker.engine.transformers.loading import probe
+from llmboost_worker.engine.transformers.loading.probe import LayerCall
 
 logger = logging.getLogger(__name__)
 

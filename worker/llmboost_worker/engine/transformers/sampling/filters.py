@@ -7,7 +7,7 @@ last one are kept too, so it doesn't matter how a sort would order them.
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers.parameters import Parameters, TopK
+from llmboost_worker.engine.transformers.sampling.parameters import Parameters, TopK
 
 BLOCK = 64
 """Tokens whose largest is looked at first when a few large ones are wanted."""

@@ -18,9 +18,9 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula, StaticBackend
+from llmboost_worker.engine.transformers.attention.backend import AttentionBackend, Formula, StaticBackend
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.cache import KeyValueCache
-from llmboost_worker.engine.transformers.layout import StepLayout
 
 NAME = "llmboost_blocks"
 """As an attention implementation of transformers."""

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE
-from llmboost_worker.engine.transformers.layout import StepLayout
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, create_block_mask, flex_attention
 
-from llmboost_worker.engine.transformers.backend import Formula
-from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.torch_backend import TorchBackend
+from llmboost_worker.engine.transformers.attention.backend import Formula
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
+from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 
 
 class FlexBackend(TorchBackend):

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers.backend import AttentionBackend
+from llmboost_worker.engine.transformers.attention.backend import AttentionBackend
+from llmboost_worker.engine.transformers.attention.flash_backend import FlashBackend
+from llmboost_worker.engine.transformers.attention.flex_backend import FlexBackend
+from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 from llmboost_worker.engine.transformers.cache import LayerShape
 from llmboost_worker.engine.transformers.config import Attention
-from llmboost_worker.engine.transformers.flash_backend import FlashBackend
-from llmboost_worker.engine.transformers.flex_backend import FlexBackend
-from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 
 HALF = (torch.float16, torch.bfloat16)
 AMPERE = (8, 0)

@@ -12,13 +12,13 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 from llmboost.machine import available_cores, available_memory
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers import architecture
-from llmboost_worker.engine.transformers.attention import NAME
+from llmboost_worker.engine.transformers.attention.hook import NAME
+from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 from llmboost_worker.engine.transformers.cache import KeyValueCache, LayerShape, bytes_per_token
 from llmboost_worker.engine.transformers.config import EngineConfig
 from llmboost_worker.engine.transformers.forward import Forward, ModelForward
+from llmboost_worker.engine.transformers.loading import architecture
 from llmboost_worker.engine.transformers.ranks import Ranks
-from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 
 logger = logging.getLogger(__name__)
 

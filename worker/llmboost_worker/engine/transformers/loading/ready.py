@@ -3,13 +3,14 @@
 import logging
 
 from llmboost_worker.engine.interface import EngineError
-from llmboost_worker.engine.transformers import backends, loader, packing, selftest
-from llmboost_worker.engine.transformers.backend import StaticBackend
+from llmboost_worker.engine.transformers.attention import backends
+from llmboost_worker.engine.transformers.attention.backend import StaticBackend
 from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.config import EngineConfig
 from llmboost_worker.engine.transformers.forward import Forward, ModelForward
 from llmboost_worker.engine.transformers.graphs import CudaCapture, DecodeGraphs
-from llmboost_worker.engine.transformers.loader import LoadedModel
+from llmboost_worker.engine.transformers.loading import loader, packing, selftest
+from llmboost_worker.engine.transformers.loading.loader import LoadedModel
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers.backend import Formula, StaticBackend
-from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.torch_backend import TorchBackend
+from llmboost_worker.engine.transformers.attention.backend import Formula, StaticBackend
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
+from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 
 
 class FlashAttention(Protocol):

@@ -11,14 +11,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers import probe
-from llmboost_worker.engine.transformers.attention import asked
-from llmboost_worker.engine.transformers.backend import Formula
+from llmboost_worker.engine.transformers.attention.backend import Formula
+from llmboost_worker.engine.transformers.attention.hook import asked
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, NOBODYS, BlockTable
 from llmboost_worker.engine.transformers.cache import KeyValueCache
-from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.loader import LoadedModel
-from llmboost_worker.engine.transformers.probe import LayerCall
+from llmboost_worker.engine.transformers.loading import probe
+from llmboost_worker.engine.transformers.loading.loader import LoadedModel
+from llmboost_worker.engine.transformers.loading.probe import LayerCall
 
 CHUNKS = (BLOCK_SIZE + 2, 1, 3)
 """Rows of a sequence that are attended in one step each: a chunk, a decode row, a chunk that continues."""

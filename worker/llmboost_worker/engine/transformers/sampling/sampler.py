@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from llmboost_worker.engine.interface import TokenLogprobs
-from llmboost_worker.engine.transformers import filters, penalties, randomness
-from llmboost_worker.engine.transformers.host import HostCopy, host_copy
-from llmboost_worker.engine.transformers.logprobs import logprobs
-from llmboost_worker.engine.transformers.parameters import Parameters
+from llmboost_worker.engine.transformers.sampling import filters, penalties, randomness
+from llmboost_worker.engine.transformers.sampling.host import HostCopy, host_copy
+from llmboost_worker.engine.transformers.sampling.logprobs import logprobs
+from llmboost_worker.engine.transformers.sampling.parameters import Parameters
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 LEAST = -80.0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from llmboost_worker.engine.interface import TokenLogprobs
-from llmboost_worker.engine.transformers.filters import largest
+from llmboost_worker.engine.transformers.sampling.filters import largest
 
 
 def logprobs(logits: Tensor, tokens: Tensor, wanted: Sequence[int]) -> list[TokenLogprobs]:

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from llmboost.jobs import SamplingParams
 from llmboost_worker.engine.interface import EngineError, EngineInfo, SequenceRequest
-from llmboost_worker.engine.transformers import layertest
-from llmboost_worker.engine.transformers.architecture import refusal
-from llmboost_worker.engine.transformers.attention import NAME
+from llmboost_worker.engine.transformers.attention.hook import NAME
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.blocks import BLOCK_SIZE, BlockManager
 from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.config import Quantization
-from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.loader import REFERENCE, LoadedModel
+from llmboost_worker.engine.transformers.loading import layertest
+from llmboost_worker.engine.transformers.loading.architecture import refusal
+from llmboost_worker.engine.transformers.loading.loader import REFERENCE, LoadedModel
 from llmboost_worker.engine.transformers.runner import ModelRunner, in_order
 from llmboost_worker.engine.transformers.sequence import Sequence
 

@@ -6,15 +6,15 @@ It computes what it did before, but for rounding and for what int8 loses; the se
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from llmboost_worker.engine.transformers.backend import AttentionBackend
-from llmboost_worker.engine.transformers.compiled_backend import CompiledBackend
+from llmboost_worker.engine.transformers.attention.backend import AttentionBackend
+from llmboost_worker.engine.transformers.attention.compiled_backend import CompiledBackend
+from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 from llmboost_worker.engine.transformers.config import Quantization
 from llmboost_worker.engine.transformers.forward import ModelForward
 from llmboost_worker.engine.transformers.fused import FusedForward
 from llmboost_worker.engine.transformers.kernels import Kernels, find
 from llmboost_worker.engine.transformers.linear import PackedLinear
-from llmboost_worker.engine.transformers.loader import LoadedModel
-from llmboost_worker.engine.transformers.torch_backend import TorchBackend
+from llmboost_worker.engine.transformers.loading.loader import LoadedModel
 
 
 def pack(loaded: LoadedModel, quantization: Quantization) -> bool:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers import masks
-from llmboost_worker.engine.transformers.parameters import Parameters, Penalties, pairs
+from llmboost_worker.engine.transformers.sampling import masks
+from llmboost_worker.engine.transformers.sampling.parameters import Parameters, Penalties, pairs
 
 
 def apply(logits: Tensor, parameters: Parameters) -> None:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from llmboost_worker.engine.transformers.backend import Formula, StaticBackend
-from llmboost_worker.engine.transformers.layout import StepLayout
+from llmboost_worker.engine.transformers.attention.backend import Formula, StaticBackend
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
 
 QUERY_BLOCK = 256
 """Rows of a chunk that are attended at a time where a mask is needed: bounds the mask, and a piece skips the

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.attention.backend import AttentionBackend, Formula
+from llmboost_worker.engine.transformers.attention.layout import StepLayout
+from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 from llmboost_worker.engine.transformers.cache import LayerShape
 from llmboost_worker.engine.transformers.kernels import PART, Attention, Kernels, scratch_size
-from llmboost_worker.engine.transformers.layout import StepLayout
-from llmboost_worker.engine.transformers.torch_backend import TorchBackend
 
 SHORT = 32
 """Rows of a chunk up to which the kernel is the faster one; it reads the context once per row. Longer chunks

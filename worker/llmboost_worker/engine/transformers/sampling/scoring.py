@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers.logprobs import logprobs
+from llmboost_worker.engine.transformers.sampling.logprobs import logprobs
 from llmboost_worker.engine.transformers.sequence import Sequence
 
 MOST_ROWS = 256
