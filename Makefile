@@ -43,7 +43,7 @@ test: venv  ## Run the tests; some of them: make test ARGS="-k name"
 # Both engines run the tests of what every engine promises.
 test-vllm: $(VLLM_READY)  ## Run the tests of the vLLM engine, on a CPU, in an environment of their own
 	@exec $(VLLM_VENV)/bin/python -m pytest tests/vllm tests/unit/test_engine_contract.py \
-	  tests/unit/test_engine_resume.py $(ARGS)
+	  tests/unit/test_engine_resume.py tests/unit/test_engine_grammar.py $(ARGS)
 
 $(VLLM_READY): pyproject.toml constraints-vllm.txt
 	@$(VLLM_VENV)/bin/python -c 'import pip' 2>/dev/null || $(PYTHON) -m venv --clear $(VLLM_VENV)

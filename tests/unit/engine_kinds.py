@@ -2,7 +2,7 @@
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,9 @@ OPTIONS = {"max_num_batched_tokens": 64, "max_num_seqs": 24}
 
 
 @contextmanager
-def driving_vllm(folder: Path, **options: Any) -> Iterator[Driver]:
+def driving_vllm(
+    folder: Path, tokens: Callable[[], list[bytes]] | None = None, **options: Any
+) -> Iterator[Driver]:
     """vLLM on that folder, closed at the end; its environment is its own."""
     config = VllmConfig(
         str(folder), threads=1, kv_cache_memory=0.25, options={"enforce_eager": True}, **options
@@ -32,7 +34,7 @@ def driving_vllm(folder: Path, **options: Any) -> Iterator[Driver]:
         for name in [name for name in os.environ if name.startswith(("VLLM_", "OMP_", "LLMBOOST_VLLM_"))]:
             patch.delenv(name)
         before = dict(os.environ)
-        engine = VllmEngine(config)
+        engine = VllmEngine(config, tokens)
         try:
             yield Driver(engine)
         finally:

@@ -17,6 +17,7 @@ from llmboost.jobs import Grammar
 from llmboost_worker.engine.grammar import Matcher
 from llmboost_worker.engine.interface import SequenceRequest
 from llmboost_worker.engine.transformers import masks
+from tests.unit.engine_kinds import ENGINES, driving_vllm
 from tests.unit.engine_models import COMMON, Driver, driving, prompt, request, save_model
 from tests.unit.grammars import PADDING, of_choices, of_schema, said, tokenizer_of
 from tests.unit.text_tokenizers import token_id
@@ -42,11 +43,12 @@ GRAMMARS = {
 PENALTIES = {"presence_penalty": 2.0, "frequency_penalty": 2.0, "repetition_penalty": 5.0}
 
 
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
-    config = LlamaConfig(**{**COMMON, "vocab_size": SIZE, "eos_token_id": END})
+@pytest.fixture(scope="module", params=ENGINES)
+def driver(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Driver]:
+    config = LlamaConfig(**{**COMMON, "vocab_size": SIZE, "eos_token_id": END, "head_dim": 32})
     folder = save_model(config, tmp_path_factory.mktemp("model"))
-    with driving(folder, TOKENIZER.token_bytes, max_num_seqs=24) as driver:
+    drive = driving_vllm if request.param == "vllm" else driving
+    with drive(folder, TOKENIZER.token_bytes, max_num_seqs=24) as driver:
         yield driver
 
 
@@ -171,6 +173,7 @@ def test_masks_are_applied_alike_on_a_cpu_and_elsewhere(
     assert (masks.limits_there(packed, torch.device("cpu")) == masks.limits(packed)).all()
 
 
+@pytest.mark.parametrize("driver", ["transformers"], indirect=True)
 def test_what_may_come_next_is_found_out_beside_the_compute_thread(
     driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -260,7 +260,7 @@ def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
     model = locate(settings.model)
     tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
     if settings.engine == "vllm":
-        return _vllm_engine(settings, model), tokenizer
+        return _vllm_engine(settings, model, tokenizer), tokenizer
     return _transformers_engine(settings, model, tokenizer), tokenizer
 
 
@@ -313,7 +313,7 @@ def _follow(settings: WorkerSettings) -> int:
     return follow(_transformers_config(settings, locate(settings.model)), place)
 
 
-def _vllm_engine(settings: WorkerSettings, model: str) -> Engine:
+def _vllm_engine(settings: WorkerSettings, model: str, tokenizer: Tokenizer) -> Engine:
     from llmboost_worker.engine.vllm.config import VllmConfig
     from llmboost_worker.engine.vllm.engine import VllmEngine
 
@@ -336,7 +336,8 @@ def _vllm_engine(settings: WorkerSettings, model: str) -> Engine:
             pipeline_parallel=settings.pp,
             log_level=settings.log_level,
             options=json.loads(settings.vllm_options),
-        )
+        ),
+        tokenizer.token_bytes,
     )
 
 

@@ -14,6 +14,8 @@ import tempfile
 
 import msgspec
 
+from llmboost_worker.engine.vllm import vocabulary
+
 PATH = "LLMBOOST_VLLM_COMPLAINTS"
 """The environment variable by which vLLM's processes find the socket."""
 
@@ -41,6 +43,7 @@ class Inbox:
         self._socket.bind(path)
         self._socket.setblocking(False)
         os.environ[PATH] = path
+        os.environ[vocabulary.PATH] = os.path.join(self._folder, "vocabulary")
         self._of: dict[str, Complaint | None] = {}
         """By the ids of live sequences."""
         self._trouble: str | None = None

@@ -14,8 +14,12 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor
 from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
+from llmboost.jobs import Grammar
+from llmboost_worker.engine.grammar import Compiled, Grammars, MatcherThread
+from llmboost_worker.engine.interface import EngineInfo
 from llmboost_worker.engine.transformers.sampler import Sampler
 from llmboost_worker.engine.transformers.sequence import Sequence
+from llmboost_worker.engine.vllm import vocabulary
 from llmboost_worker.engine.vllm.complaints import Outbox
 from llmboost_worker.engine.vllm.params import EXTRA, decode
 
@@ -29,14 +33,6 @@ class Row:
         """vLLM's own list, to which it appends what was drawn."""
         self._seen = 0
 
-    @classmethod
-    def of(cls, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> "Row | None":
-        """None for what isn't ours: vLLM's own trial runs."""
-        data = (params.extra_args or {}).get(EXTRA)
-        if data is None or prompt_ids is None:
-            return None
-        return cls(decode(data, prompt_ids), output_ids)
-
     @property
     def is_plain(self) -> bool:
         """The model's most likely token is drawn, whatever has been before."""
@@ -45,6 +41,7 @@ class Row:
             sequence.sampling.temperature == 0
             and not len(sequence.bias_ids)
             and sequence.counts is None
+            and sequence.matcher is None
             and sequence.num_output >= sequence.sampling.min_tokens
         )
 
@@ -63,13 +60,33 @@ class KeyedDrawing(LogitsProcessor):
         self._rows: dict[int, Row] = {}
         """By their place in the batch."""
         self._sampler = Sampler()
+        self._grammars: Grammars | None = None
+        self._matchers = MatcherThread()
+        self._on_cpu = device.type == "cpu"
         self._complaints = Outbox()
 
     def is_argmax_invariant(self) -> bool:
         return False
 
     def update_state(self, batch_update: BatchUpdate | None) -> None:
-        process_dict_updates(self._rows, batch_update, Row.of)
+        process_dict_updates(self._rows, batch_update, self._row)
+        # vLLM may not have heard of the last tokens yet where it schedules ahead, as it does on a GPU.
+        if self._on_cpu:
+            sequences = [row.catch_up() for row in self._rows.values()]
+            self._matchers.start([(each.matcher, each.tokens) for each in sequences if each.matcher])
+
+    def _row(self, params: SamplingParams, prompt_ids: list[int] | None, output_ids: list[int]) -> Row | None:
+        """None for what isn't ours: vLLM's own trial runs."""
+        data = (params.extra_args or {}).get(EXTRA)
+        if data is None or prompt_ids is None:
+            return None
+        return Row(decode(data, prompt_ids, self._compiled), output_ids)
+
+    def _compiled(self, grammar: Grammar, info: EngineInfo) -> Compiled:
+        """It has been compiled before by who sends it, so it can be, and most take a millisecond."""
+        if self._grammars is None:
+            self._grammars = Grammars(vocabulary.read, info.vocab_size, info.eos_token_ids)
+        return self._grammars.compile(grammar).result()
 
     def apply(self, logits: Tensor) -> Tensor:
         """logits [batch, vocabulary] -> the same, changed in place."""

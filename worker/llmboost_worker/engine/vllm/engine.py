@@ -4,9 +4,12 @@ import asyncio
 import contextlib
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from typing import Any
 
+from llmboost.jobs import Grammar
+from llmboost_worker.engine.grammar import Grammars
 from llmboost_worker.engine.interface import (
     Engine,
     EngineError,
@@ -16,7 +19,8 @@ from llmboost_worker.engine.interface import (
     SequenceRequest,
     StepOutput,
 )
-from llmboost_worker.engine.transformers.sequence import Sequence
+from llmboost_worker.engine.transformers.sequence import Sequence as DrawnSequence
+from llmboost_worker.engine.vllm import vocabulary
 from llmboost_worker.engine.vllm.config import VllmConfig
 from llmboost_worker.engine.vllm.core import VllmCore, failure
 
@@ -34,8 +38,12 @@ class VllmEngine(Engine):
     goes out as one step.
     """
 
-    def __init__(self, config: VllmConfig) -> None:
+    def __init__(self, config: VllmConfig, tokens: Callable[[], Sequence[bytes]] | None = None) -> None:
+        """`tokens`: the bytes of each token, as `Grammars` takes them; without, no output can be held to a
+        grammar."""
         self._config = config
+        self._tokens = tokens
+        self._grammars: Grammars | None = None
         self._thread: threading.Thread | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         """While it takes on requests."""
@@ -64,7 +72,16 @@ class VllmEngine(Engine):
             target=lambda: asyncio.run(self._work(started)), name="llmboost-engine", daemon=True
         )
         self._thread.start()
-        return started.result()
+        info = started.result()
+        if (tokens := self._tokens) is not None:
+            # Compiled here to be refused here; then each process of vLLM's compiles it for itself.
+            self._grammars = Grammars(
+                lambda: vocabulary.publish(tokens()), info.vocab_size, info.eos_token_ids
+            )
+        return info
+
+    def compile(self, grammar: Grammar) -> "Future[Any]":
+        return super().compile(grammar) if self._grammars is None else self._grammars.compile(grammar)
 
     def add(self, requests: list[SequenceRequest]) -> None:
         """Raises:
@@ -100,6 +117,8 @@ class VllmEngine(Engine):
 
     def close(self) -> None:
         self._end(EngineError("closed"))
+        if self._grammars is not None:
+            self._grammars.close()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -146,7 +165,9 @@ class VllmEngine(Engine):
     def _accept(self, requests: list[SequenceRequest]) -> None:
         for request in requests:
             try:
-                sequence = Sequence(request, self._core.info, arrival=0)
+                sequence = DrawnSequence(request, self._core.info, arrival=0)
+                if sequence.sampling.grammar is not None and sequence.matcher is None:
+                    raise ValueError("its grammar has not been compiled")
             except Exception as error:  # whatever is wrong with a request is its own affair
                 self._give(failure(request.id, str(error), is_refused=True))
                 continue
@@ -162,7 +183,7 @@ class VllmEngine(Engine):
         # Their ids may be in use again.
         self._step = [output for output in self._step if output.id not in ids]
 
-    async def _run(self, request: SequenceRequest, sequence: Sequence) -> None:
+    async def _run(self, request: SequenceRequest, sequence: DrawnSequence) -> None:
         has_begun = False
         try:
             async with contextlib.aclosing(self._core.generate(request, sequence)) as outputs:

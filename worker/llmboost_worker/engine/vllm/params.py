@@ -1,11 +1,11 @@
 """Between our requests and vLLM's: what is asked, what comes back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from llmboost.jobs import SamplingParams
+from llmboost.jobs import Grammar, SamplingParams
 from llmboost_worker.engine.interface import (
     EngineInfo,
     FinishReason,
@@ -22,6 +22,10 @@ if TYPE_CHECKING:
 
 EXTRA = "llmboost"
 """Under which name `drawing` finds its part in vLLM's parameters."""
+
+
+Compile = Callable[[Grammar, EngineInfo], Any]
+"""Makes of a grammar what a `SequenceRequest` takes."""
 
 
 class Drawn(msgspec.Struct, frozen=True, omit_defaults=True, array_like=True):
@@ -55,13 +59,15 @@ def encode(sequence: DrawnSequence, info: EngineInfo) -> bytes:
     )
 
 
-def decode(data: bytes, prompt_ids: list[int]) -> DrawnSequence:
+def decode(data: bytes, prompt_ids: list[int], compiled: Compile) -> DrawnSequence:
     """The sequence as it was, of what `encode` made and of vLLM's prompt.
 
     Raises:
         ValueError: it can't be run, which whoever encoded it has checked.
     """
     drawn = msgspec.msgpack.decode(data, type=Drawn)
+    info = EngineInfo(drawn.max_model_len, drawn.vocab_size, 0, drawn.eos_token_ids, "vllm", "", "")
+    grammar = drawn.sampling.grammar
     request = SequenceRequest(
         id=drawn.id,
         prompt_ids=prompt_ids[: drawn.num_prompt],
@@ -69,8 +75,8 @@ def decode(data: bytes, prompt_ids: list[int]) -> DrawnSequence:
         sampling=drawn.sampling,
         choice=drawn.choice,
         max_tokens=drawn.max_tokens,
+        grammar=None if grammar is None else compiled(grammar, info),
     )
-    info = EngineInfo(drawn.max_model_len, drawn.vocab_size, 0, drawn.eos_token_ids, "vllm", "", "")
     return DrawnSequence(request, info, arrival=0)
 
 
