@@ -58,9 +58,7 @@ def recording(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Tape], None
 
     def use(tape: Tape) -> None:
         def forward(config: EngineConfig, loaded: LoadedModel, cache: KeyValueCache) -> Forward:
-            graphs = DecodeGraphs(
-                loaded.forward, cache, tape, config.max_num_seqs, loaded.max_model_len, loaded.device
-            )
+            graphs = DecodeGraphs(loaded.forward, cache, tape, config.max_num_seqs, loaded.max_model_len)
             graphs.record()
             return graphs
 
@@ -126,7 +124,7 @@ def test_what_a_larger_batch_left_behind_is_gone_from_the_next() -> None:
     """Its blocks above all: they may hold NaN, and that times a weight of 0 is NaN."""
     cache = KeyValueCache([LayerShape(1, 2, 2)], 8, 16, torch.float32, torch.device("cpu"))
     forward = Watched()
-    graphs = DecodeGraphs(forward, cache, Tape(), 4, 256, torch.device("cpu"))  # type: ignore[arg-type]
+    graphs = DecodeGraphs(forward, cache, Tape(), 4, 256)  # type: ignore[arg-type]
     for count, blocks in ((4, 3), (3, 2)):
         starts, rows = np.full(count, 16 * blocks - 1), np.ones(count, dtype=np.int64)
         tables = np.full((count, blocks), 5, dtype=np.int32)
@@ -137,8 +135,9 @@ def test_what_a_larger_batch_left_behind_is_gone_from_the_next() -> None:
     assert ids.tolist() == [7, 7, 7, 0]
     assert layout.lengths.tolist() == [32, 32, 32, 1]
     assert layout.positions.tolist() == [31, 31, 31, 0]
-    assert layout.slots.tolist() == [5 * 16 + 15] * 3 + [0]
-    assert layout.block_tables.tolist() == [[5, 5, *[0] * 6]] * 3 + [[0] * 8]
+    assert layout.slots.tolist() == [5 * 16 + 15] * 3 + [8 * 16]
+    assert layout.block_tables.tolist() == [[5, 5, *[0] * 6]] * 3 + [[8] * 8]
+    assert cache.scratch == 8
 
 
 def test_sizes_and_widths() -> None:

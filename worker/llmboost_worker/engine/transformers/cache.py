@@ -42,15 +42,19 @@ class KeyValueCache:
             RuntimeError, OSError: there isn't as much memory.
         """
         self.num_blocks = num_blocks
+        self.scratch = num_blocks
+        """One more block, which no sequence is given: for rows that only pad a batch."""
         self.block_size = block_size
         self.keys = [
-            _zeros((num_blocks, block_size, layer.heads, layer.key_dim), dtype, device) for layer in layers
+            _zeros((num_blocks + 1, block_size, layer.heads, layer.key_dim), dtype, device)
+            for layer in layers
         ]
-        """Per layer [blocks, block_size, heads, key_dim]."""
+        """Per layer [blocks + 1, block_size, heads, key_dim]."""
         self.values = [
-            _zeros((num_blocks, block_size, layer.heads, layer.value_dim), dtype, device) for layer in layers
+            _zeros((num_blocks + 1, block_size, layer.heads, layer.value_dim), dtype, device)
+            for layer in layers
         ]
-        """Per layer [blocks, block_size, heads, value_dim]."""
+        """Per layer [blocks + 1, block_size, heads, value_dim]."""
 
     def clear(self, blocks: list[int]) -> None:
         """Zeroes these blocks."""

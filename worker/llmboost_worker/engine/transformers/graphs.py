@@ -2,7 +2,8 @@
 started by one call instead of some thousand.
 
 A graph reads and writes the same memory each time, so each size has buffers of its own. A batch is padded to
-the next size; its padding has a context of one token and lives in nobody's block.
+the next size; its padding has a context of one token, in a block of its own: what the model makes of that
+token may be no number, and nobody's block pads everyone's table.
 """
 
 import logging
@@ -80,11 +81,10 @@ class DecodeGraphs:
         capture: Capture,
         max_num_seqs: int,
         max_model_len: int,
-        device: torch.device,
     ) -> None:
         """`forward.backend` is a `StaticBackend`."""
         assert isinstance(forward.backend, StaticBackend)
-        self._forward, self._cache, self._capture, self._device = forward, cache, capture, device
+        self._forward, self._cache, self._capture = forward, cache, capture
         self._sizes = sizes(max_num_seqs)
         longest = -(-max_model_len // cache.block_size)
         self._most_blocks = forward.backend.most_blocks
@@ -115,7 +115,7 @@ class DecodeGraphs:
             graph = self._graph(size, next(width for width in self._widths if width >= blocks))
         if graph is None:
             return self._forward(ids, layout, cache, rows)
-        _fill(graph, ids, layout)
+        self._fill(graph, ids, layout)
         return graph.replay()[:count]
 
     def _graph(self, size: int, width: int) -> _Graph | None:
@@ -123,7 +123,7 @@ class DecodeGraphs:
         if self._most_blocks is not None and size * width > self._most_blocks:
             return None
         if self._works and (size, width) not in self._graphs:
-            ids, layout = _buffers(size, width, self._device)
+            ids, layout = self._buffers(size, width)
 
             def work() -> Tensor:
                 layout.plans.clear()  # what a backend works out is part of the graph
@@ -138,6 +138,36 @@ class DecodeGraphs:
                 self._works = False
                 self._graphs.clear()
         return self._graphs.get((size, width))
+
+    def _buffers(self, size: int, width: int) -> tuple[Tensor, StepLayout]:
+        """The inputs of a graph, all of it padding."""
+        device = self._cache.keys[0].device
+        layout = StepLayout.build(
+            np.zeros(size, dtype=np.int64),
+            np.ones(size, dtype=np.int64),
+            np.full((size, width), self._cache.scratch, dtype=np.int32),
+            self._cache.block_size,
+            device,
+        )
+        layout.is_static = True
+        return torch.zeros(size, dtype=torch.int64, device=device), layout
+
+    def _fill(self, graph: _Graph, ids: Tensor, layout: StepLayout) -> None:
+        """The batch first, padding after it."""
+        count, blocks = layout.tables.shape
+        mine = graph.layout
+        pairs = (
+            (graph.ids, ids, 0),
+            (mine.positions, layout.positions, 0),
+            (mine.slots, layout.slots, self._cache.scratch * self._cache.block_size),
+            (mine.lengths, layout.lengths, 1),
+        )
+        for buffer, given, padding in pairs:
+            buffer[:count].copy_(given)
+            buffer[count:].fill_(padding)
+        mine.block_tables[:count].fill_(NOBODYS)
+        mine.block_tables[:count, :blocks].copy_(layout.block_tables)
+        mine.block_tables[count:].fill_(self._cache.scratch)
 
 
 def sizes(most: int) -> list[int]:
@@ -155,34 +185,3 @@ def widths(most: int) -> list[int]:
         steps.append(width)
         width *= 2
     return [*steps, most]
-
-
-def _buffers(size: int, width: int, device: torch.device) -> tuple[Tensor, StepLayout]:
-    """The inputs of a graph, all of it padding."""
-    layout = StepLayout.build(
-        np.zeros(size, dtype=np.int64),
-        np.ones(size, dtype=np.int64),
-        np.full((size, width), NOBODYS, dtype=np.int32),
-        1,
-        device,
-    )
-    layout.slots.fill_(NOBODYS)
-    layout.is_static = True
-    return torch.zeros(size, dtype=torch.int64, device=device), layout
-
-
-def _fill(graph: _Graph, ids: Tensor, layout: StepLayout) -> None:
-    """The batch first, padding after it."""
-    count, blocks = layout.tables.shape
-    mine = graph.layout
-    pairs = (
-        (graph.ids, ids, 0),
-        (mine.positions, layout.positions, 0),
-        (mine.slots, layout.slots, NOBODYS),
-        (mine.lengths, layout.lengths, 1),
-    )
-    for buffer, given, padding in pairs:
-        buffer[:count].copy_(given)
-        buffer[count:].fill_(padding)
-    mine.block_tables.fill_(NOBODYS)
-    mine.block_tables[:count, :blocks].copy_(layout.block_tables)

@@ -44,9 +44,7 @@ def forward(config: EngineConfig, loaded: LoadedModel, cache: KeyValueCache) -> 
         or not isinstance(loaded.forward.backend, StaticBackend)
     ):
         return loaded.forward
-    graphs = DecodeGraphs(
-        loaded.forward, cache, CudaCapture(), config.max_num_seqs, loaded.max_model_len, loaded.device
-    )
+    graphs = DecodeGraphs(loaded.forward, cache, CudaCapture(), config.max_num_seqs, loaded.max_model_len)
     graphs.record()
     return graphs
 
