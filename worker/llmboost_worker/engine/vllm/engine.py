@@ -166,6 +166,8 @@ class VllmEngine(Engine):
         for request in requests:
             try:
                 sequence = DrawnSequence(request, self._core.info, arrival=0)
+                if sequence.sampling.grammar is not None and sequence.matcher is None:
+                    raise ValueError("its grammar has not been compiled")
             except Exception as error:  # whatever is wrong with a request is its own affair
                 self._give(failure(request.id, str(error), is_refused=True))
                 continue
