@@ -7,6 +7,7 @@ the median gap before it came.
     python -m benchmarks.stall [--streams 1,4,16] [--prompt-tokens 4000] [--rounds 3]
 """
 
+import itertools
 import random
 import statistics
 import sys
@@ -50,7 +51,7 @@ class Stalled:
         self._wait(lambda: late in self._times)
         self._engine.cancel([*names, late])
         ended = self._times[late][0]
-        pairs = [pair for name in names for pair in zip(self._times[name], self._times[name][1:], strict=False)]
+        pairs = [pair for name in names for pair in itertools.pairwise(self._times[name])]
         before = [after - first for first, after in pairs if after <= came]
         beside = [after - first for first, after in pairs if came < after <= ended]
         return {
