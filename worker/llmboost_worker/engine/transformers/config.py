@@ -18,8 +18,9 @@ class EngineConfig:
     trust_remote_code: bool = False
     """Run Python code that comes with the checkpoint."""
     dtype: DType = "auto"
-    """auto: the checkpoint's own on CUDA; on a CPU float32, or bfloat16 for a checkpoint in bfloat16 if the
-    processor multiplies it (AMX, AVX512_BF16): without that it gains nothing there."""
+    """auto: float32 on a CPU, the checkpoint's own on CUDA. bfloat16 is about twice as fast on a processor
+    that multiplies it (AMX, AVX512_BF16), but has so few digits that tokens often tie, and a resumed sequence
+    may take another turn than the unbroken one would have."""
     quantization: Quantization = "none"
     """int8: weights in int8, activations in `dtype`."""
     device: str = "auto"

@@ -6,13 +6,10 @@ import os
 from collections.abc import AsyncGenerator
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import ValidationError
-from transformers import AutoConfig
 
 from llmboost.jobs import SamplingParams
 from llmboost_worker.engine.interface import EngineError, EngineInfo, SequenceOutput, SequenceRequest
-from llmboost_worker.engine.transformers.loading.loader import choose_dtype
 from llmboost_worker.engine.transformers.sequence import Sequence
 from llmboost_worker.engine.vllm import environment, params
 from llmboost_worker.engine.vllm.complaints import Inbox
@@ -139,7 +136,9 @@ def _load(config: VllmConfig) -> "AsyncLLM":
     _check_device(config.device, current_platform.device_type)
     arguments = config.arguments()
     if on_cpu:
-        arguments["dtype"] = config.options.get("dtype") or _dtype_on_cpu(config)
+        arguments["dtype"] = config.options.get("dtype") or (
+            "float32" if config.dtype == "auto" else config.dtype  # as our own engine; vLLM's auto never is
+        )
         environment.prepare_cpu(config.threads, config.tensor_parallel * config.pipeline_parallel)
         if "kv_cache_memory_bytes" not in arguments:
             arguments.setdefault("gpu_memory_utilization", environment.memory_share())
@@ -151,17 +150,6 @@ def _load(config: VllmConfig) -> "AsyncLLM":
         return AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
     except ValidationError as error:
         raise EngineError("; ".join(problem["msg"] for problem in error.errors())) from error
-
-
-def _dtype_on_cpu(config: VllmConfig) -> str:
-    """vLLM's "auto" is never float32."""
-    try:
-        model_config = AutoConfig.from_pretrained(
-            config.model, revision=config.revision, trust_remote_code=config.trust_remote_code
-        )
-    except Exception:  # vLLM knows some that transformers doesn't, and says better what is wrong with others
-        return config.dtype
-    return str(choose_dtype(config.dtype, model_config, torch.device("cpu"))).removeprefix("torch.")
 
 
 def _check_device(wanted: str, has: str) -> None:

@@ -67,7 +67,7 @@ def load(config: EngineConfig, local_rank: int = 0) -> LoadedModel:
     architecture.check_split(name, text_config, config.tp)
     model_class = architecture.class_of(name, model_config)
     max_model_len = _max_model_len(config, text_config)
-    dtype = choose_dtype(config.dtype, model_config, device)
+    dtype = _dtype(config.dtype, device)
     if config.tp > 1:
         options["distributed_config"] = DistributedConfig(tp_size=config.tp)
     model: Any
@@ -182,17 +182,12 @@ def device_of(config: EngineConfig, local_rank: int = 0) -> torch.device:
     return torch.device(name)
 
 
-def choose_dtype(name: str, model_config: Any, device: torch.device) -> torch.dtype | str:
-    """What `--dtype` means for this model here; "auto" is the checkpoint's own."""
-    if name != "auto":
-        dtype: torch.dtype = getattr(torch, name)
-        return dtype
-    if device.type != "cpu":
-        return "auto"
-    multiplies_bfloat16 = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
-    if model_config.dtype == torch.bfloat16 and multiplies_bfloat16:
-        return torch.bfloat16
-    return torch.float32
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    """What `--dtype` means here; "auto" is the checkpoint's own."""
+    if name == "auto":
+        return torch.float32 if device.type == "cpu" else "auto"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
 
 
 def _check_folder(model: str) -> None:
