@@ -11,11 +11,14 @@ from llmboost_worker.engine.transformers.attention.backend import AttentionBacke
 from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 from llmboost_worker.engine.transformers.cache import LayerShape
-from llmboost_worker.engine.transformers.kernels import PART, Attention, Kernels, scratch_size
+from llmboost_worker.engine.transformers.kernels import MAX_QUERIES, PART, Attention, Kernels
 
-SHORT = 32
-"""Rows of a chunk up to which the kernel is the faster one; it reads the context once per row. Longer chunks
-are products of matrices, which torch does better."""
+SHORT = 16
+"""Rows of a chunk up to which the kernel is the faster one. For longer ones it pays to gather their context for
+a product of matrices, which torch does better."""
+
+MOST_ROWS = 16
+"""Of a chunk that read the context together."""
 
 
 class CompiledBackend(AttentionBackend):
@@ -46,17 +49,18 @@ class CompiledBackend(AttentionBackend):
     ) -> Tensor:
         if formula.sinks is not None:
             return self._torch.attend(layer_keys, layer_values, query, layout, formula)
-        plan: _Plan | None = layout.plans.get(CompiledBackend)
+        rows = min(MOST_ROWS, MAX_QUERIES * layer_keys.shape[2] // query.shape[1])
+        plan: _Plan | None = layout.plans.get((CompiledBackend, rows))
         if plan is None:
-            plan = layout.plans[CompiledBackend] = _Plan.of(layout)
+            plan = layout.plans[CompiledBackend, rows] = _Plan.of(layout, rows)
         out = query.new_empty(len(query), query.shape[1], layer_values.shape[3])
         if len(plan.owners):
             if query.stride(2) != 1 or query.stride(1) != query.shape[2]:
                 query = query.contiguous()
             self._attend(layer_keys, layer_values, query, layout, plan, formula, out)
         if plan.rest is not None:
-            first = len(plan.owners)
-            out[first:] = self._torch.attend(layer_keys, layer_values, query[first:], plan.rest, formula)
+            rest = query[plan.num_rows :]
+            out[plan.num_rows :] = self._torch.attend(layer_keys, layer_values, rest, plan.rest, formula)
         return out
 
     def _attend(
@@ -71,11 +75,11 @@ class CompiledBackend(AttentionBackend):
     ) -> None:
         heads, key_heads, value_dim = query.shape[1], layer_keys.shape[2], layer_values.shape[3]
         how = self._how(heads, layer_keys, value_dim, formula)
-        scratch, rows = None, len(plan.owners)
-        if rows * key_heads < self._few and plan.most_parts > 1:
-            size = scratch_size(rows, heads, key_heads, value_dim, plan.most_parts)
-            if len(self._scratch) < size:
-                self._scratch = torch.empty(2 * size)
+        size = plan.most_rows * heads // key_heads * (value_dim + 2)
+        scratch, items = None, len(plan.owners) * key_heads
+        if items < self._few and plan.most_parts > 1:
+            if len(self._scratch) < items * plan.most_parts * size:
+                self._scratch = torch.empty(2 * items * plan.most_parts * size)
             scratch = self._scratch
         self._kernels.attend(
             how,
@@ -84,10 +88,12 @@ class CompiledBackend(AttentionBackend):
             layer_values,
             layout.block_tables,
             plan.owners,
+            plan.starts,
             layout.positions,
             out,
             scratch,
             plan.most_parts,
+            size,
         )
 
     def _how(self, heads: int, layer_keys: Tensor, value_dim: int, formula: Formula) -> Attention:
@@ -110,19 +116,34 @@ class CompiledBackend(AttentionBackend):
 
 @dataclass(slots=True)
 class _Plan:
-    """Which rows the kernel attends for: the first ones."""
+    """Which rows the kernel attends for, the first ones, and in which groups."""
 
+    num_rows: int
     owners: Tensor
-    """[those rows], int32: the sequence of each."""
+    """[groups], int32: the sequence of each."""
+    starts: Tensor
+    """[groups + 1], int32: the first row of each, and the end."""
+    most_rows: int
+    """Of a group."""
     most_parts: int
     """Of a context, as the kernel divides it."""
     rest: StepLayout | None
     """Of the sequences whose chunks are long."""
 
     @classmethod
-    def of(cls, layout: StepLayout) -> "_Plan":
+    def of(cls, layout: StepLayout, rows: int) -> "_Plan":
+        """`rows`: of a group at most."""
         short = int((layout.rows <= SHORT).argmin()) if (layout.rows > SHORT).any() else len(layout.rows)
-        owners = np.repeat(np.arange(short, dtype=np.int32), layout.rows[:short])
-        longest = int(layout.ends[:short].max()) if short else 0
-        rest = layout.tail(short) if short < len(layout.rows) else None
-        return cls(torch.from_numpy(owners), -(-longest // PART), rest)
+        sizes = layout.rows[:short]
+        groups = -(-sizes // rows)
+        owners = np.repeat(np.arange(short, dtype=np.int32), groups)
+        within = np.arange(len(owners)) - np.repeat(np.cumsum(groups) - groups, groups)
+        starts = np.append(np.repeat(np.cumsum(sizes) - sizes, groups) + within * rows, sizes.sum())
+        return cls(
+            num_rows=int(sizes.sum()),
+            owners=torch.from_numpy(owners),
+            starts=torch.from_numpy(starts.astype(np.int32)),
+            most_rows=int(min(sizes.max(initial=0), rows)),
+            most_parts=-(-int(layout.ends[:short].max(initial=0)) // PART),
+            rest=layout.tail(short) if short < len(layout.rows) else None,
+        )

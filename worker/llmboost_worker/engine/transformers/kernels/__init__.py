@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 WIDTH = 16
 MAX_DIM = 256
-MAX_GROUPS = 16
+MAX_QUERIES = 64
 PART = 256
 """As in kernels.cpp."""
 
@@ -72,7 +72,7 @@ class Kernels:
         """Whether attention of this shape can be computed here."""
         return (
             heads % key_heads == 0
-            and heads // key_heads <= MAX_GROUPS
+            and heads // key_heads <= MAX_QUERIES
             and max(key_dim, value_dim) <= MAX_DIM
             and key_dim % WIDTH == value_dim % WIDTH == 0
         )
@@ -85,24 +85,30 @@ class Kernels:
         values: Tensor,
         tables: Tensor,
         owners: Tensor,
+        starts: Tensor,
         positions: Tensor,
         out: Tensor,
         scratch: Tensor | None,
         most_parts: int,
+        size: int,
     ) -> None:
         """Each row attends to its sequence's tokens up to its own position.
+
+        Rows come in groups of neighbours in one sequence, of at most `MAX_QUERIES` per key head.
 
         Args:
             query: [rows, at least heads * key_dim], the rows may be further apart
             keys: [blocks, block_size, key_heads, key_dim]
             values: [blocks, block_size, key_heads, value_dim]
             tables: [sequences, blocks], int32
-            owners: [rows], int32: the row of `tables` that is each one's
+            owners: [groups], int32: the row of `tables` that is each one's
+            starts: [groups + 1], int32: group i has the rows [starts[i], starts[i + 1])
             positions: [rows], int64
             out: [rows, heads * value_dim], written
-            scratch: float32, of `scratch_size`; with it, the parts of one row's context are shared among
-                threads
+            scratch: float32 [groups, key_heads, most_parts, size]; with it, the parts of a group's context
+                are shared out among threads
             most_parts: what `PART` tokens of context each make, at most
+            size: `value_dim + 2` for each of a group's queries
         """
         self._attend(
             ctypes.byref(how),
@@ -113,11 +119,13 @@ class Kernels:
             tables.data_ptr(),
             tables.stride(0),
             owners.data_ptr(),
+            starts.data_ptr(),
             positions.data_ptr(),
             out.data_ptr(),
             len(owners),
             None if scratch is None else scratch.data_ptr(),
             most_parts,
+            size,
         )
 
     def add_rms_norm(
@@ -201,21 +209,16 @@ def find(device: torch.device, dtype: torch.dtype) -> Kernels | None:
         return None
 
 
-def scratch_size(rows: int, heads: int, key_heads: int, value_dim: int, most_parts: int) -> int:
-    """Floats that `Kernels.attend` needs to share out one row's context."""
-    return rows * most_parts * (heads * value_dim + 2 * heads)
-
-
 ARGUMENTS = {
     "attend": [
-        c_void_p,
-        c_void_p,
+        *([c_void_p] * 2),
         c_int64,
-        *[c_void_p] * 3,
+        *([c_void_p] * 3),
         c_int64,
-        *[c_void_p] * 3,
+        *([c_void_p] * 4),
         c_int,
         c_void_p,
+        c_int,
         c_int,
     ],
     "add_rms_norm": [*[c_void_p] * 3, c_float, c_void_p, c_int, c_int],

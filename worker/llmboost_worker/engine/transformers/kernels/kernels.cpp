@@ -18,9 +18,9 @@ namespace {
 constexpr int WIDTH = 16;      // floats in a vector
 constexpr int PART = 256;      // tokens of a context that are attended to at a time
 constexpr int AHEAD = 12;      // tokens
-constexpr int GROUP = 4;       // query heads that share the keys they read
+constexpr int TILE = 4;        // queries that share the registers they read keys into
 constexpr int MAX_DIM = 256;   // of a head; `Kernels.supports` checks both
-constexpr int MAX_GROUPS = 16; // query heads per key head
+constexpr int MAX_QUERIES = 64;  // of a group, per key head
 
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
 typedef float Halves __attribute__((vector_size(32), aligned(4), may_alias));
@@ -153,11 +153,16 @@ inline void prefetch(const T* head, int dim) {
     __builtin_prefetch(reinterpret_cast<const char*>(head) + line);
 }
 
-// Attends to `count` tokens, at most PART: sums of values weighted by exp(score - top), the sum of those weights, and
-// top.
+// What a query sees of a part: tokens [begin, end) of it.
+struct Span {
+  int begin, end;
+};
+
+// N queries attend to `count` tokens, at most PART: sums of values weighted by exp(score - top), the sum of those
+// weights (0 for one that sees nothing), and top.
 template <class T, int N>
-void attend_part(const float* query, const Heads<T>& keys, const Heads<T>& values, const int64_t* rows, int count,
-                 float softcap, float* out, float* total, float* top) {
+void attend_part(const float* query, const Span* seen, const Heads<T>& keys, const Heads<T>& values,
+                 const int64_t* rows, int count, float softcap, float* out, float* total, float* top) {
   float weights[N][PART];
   for (int t = 0; t < count; t += 4) {
     const T* key[4];
@@ -183,13 +188,20 @@ void attend_part(const float* query, const Heads<T>& keys, const Heads<T>& value
     float* row = weights[n];
     if (softcap > 0)
       for (int t = 0; t < padded; t += WIDTH) store(row + t, hyperbolic_tangent(load(row + t) / softcap) * softcap);
-    for (int t = count; t < padded; t++) row[t] = -INFINITY;
+    for (int t = 0; t < seen[n].begin && t < padded; t++) row[t] = -INFINITY;
+    for (int t = seen[n].end > 0 ? seen[n].end : 0; t < padded; t++) row[t] = -INFINITY;
+    if (seen[n].begin >= seen[n].end) {
+      for (int t = 0; t < padded; t += WIDTH) store(row + t, Floats{});
+      top[n] = total[n] = 0;
+      continue;
+    }
     Floats best = all(-INFINITY), total_weight = {};
     for (int t = 0; t < padded; t += WIDTH) best = most(best, load(row + t));
     top[n] = largest(best);
     for (int t = 0; t < padded; t += WIDTH) {
       Floats weight = exponential(load(row + t) - top[n]);
-      for (int i = count - t; i < WIDTH; i++) weight[i] = 0;
+      for (int i = 0; i < WIDTH; i++)
+        if (t + i < seen[n].begin || t + i >= seen[n].end) weight[i] = 0;
       total_weight += weight;
       store(row + t, weight);
     }
@@ -207,24 +219,33 @@ void attend_part(const float* query, const Heads<T>& keys, const Heads<T>& value
   }
 }
 
-// What one key head's query heads have gathered so far.
+// What queries have gathered so far.
 struct Sums {
-  float* out;  // [groups, value_dim]
+  float* out;  // [queries, value_dim]
   float *total, *top;
 };
 
 // Takes a further part into account ("online softmax", Milakov & Gimelshein, arXiv:1805.02867).
-void merge(Sums& all_parts, const Sums& part, int groups, int dim) {
-  for (int g = 0; g < groups; g++) {
-    const float top = all_parts.top[g] > part.top[g] ? all_parts.top[g] : part.top[g];
-    const float old = std::exp(all_parts.top[g] - top), fresh = std::exp(part.top[g] - top);
-    all_parts.total[g] = all_parts.total[g] * old + part.total[g] * fresh;
-    all_parts.top[g] = top;
-    float *a = all_parts.out + g * dim, *b = part.out + g * dim;
+void merge(Sums& sofar, const Sums& part, int queries, int dim) {
+  for (int n = 0; n < queries; n++) {
+    if (part.total[n] == 0) continue;
+    float *a = sofar.out + n * dim, *b = part.out + n * dim;
+    if (sofar.total[n] == 0) {
+      std::memcpy(a, b, sizeof(float) * dim);
+      sofar.total[n] = part.total[n];
+      sofar.top[n] = part.top[n];
+      continue;
+    }
+    const float top = sofar.top[n] > part.top[n] ? sofar.top[n] : part.top[n];
+    const float old = std::exp(sofar.top[n] - top), fresh = std::exp(part.top[n] - top);
+    sofar.total[n] = sofar.total[n] * old + part.total[n] * fresh;
+    sofar.top[n] = top;
     for (int d = 0; d < dim; d += WIDTH) store(a + d, load(a + d) * old + load(b + d) * fresh);
   }
 }
 
+// Rows come in groups, each of neighbours in one sequence: what one row has read of the cache is still near for the
+// next. Parts begin at multiples of PART, so that a row comes to the same to the bit in whichever group it is.
 template <class T>
 struct Attend {
   const Attention& how;
@@ -233,68 +254,78 @@ struct Attend {
   const T *keys, *values;
   const int32_t* tables;
   int64_t table_stride;
-  const int32_t* owners;
+  const int32_t *owners, *starts;  // [groups], [groups + 1]
   const int64_t* positions;
   T* out;
 
-  int groups() const { return how.heads / how.key_heads; }
+  int heads() const { return how.heads / how.key_heads; }
+  int queries(int group) const { return (starts[group + 1] - starts[group]) * heads(); }
   int end(int row) const { return int(positions[row]) + 1; }
   int begin(int row) const { return how.window && end(row) > how.window ? end(row) - how.window : 0; }
-  int parts(int row) const { return (end(row) - begin(row) + PART - 1) / PART; }
+  int first_part(int group) const { return begin(starts[group]) / PART; }
+  int parts(int group) const { return (end(starts[group + 1] - 1) - 1) / PART - first_part(group) + 1; }
 
-  void part(int row, int head, int index, Sums into) const {
-    const int first = begin(row) + index * PART, last = end(row) < first + PART ? end(row) : first + PART;
+  void part(int group, int head, int index, Sums into) const {
+    const int row = starts[group], last = end(starts[group + 1] - 1), from = (first_part(group) + index) * PART;
+    const int skipped = begin(row) > from ? (begin(row) - from) / WIDTH * WIDTH : 0;
+    const int first = from + skipped, count = (last < from + PART ? last : from + PART) - first;
     int64_t found[PART + 4];
-    find(tables + owners[row] * table_stride, how.block_size, first, last, found);
+    find(tables + owners[group] * table_stride, how.block_size, first, first + count, found);
     const Heads<T> k{keys + int64_t(head) * how.key_dim, int64_t(how.key_heads) * how.key_dim, how.key_dim};
     const Heads<T> v{values + int64_t(head) * how.value_dim, int64_t(how.key_heads) * how.value_dim, how.value_dim};
-    const T* queries = query + row * query_stride + int64_t(head) * groups() * how.key_dim;
-    float scaled[GROUP * MAX_DIM];
-    for (int g = 0; g < groups();) {
-      const int left = groups() - g, many = left < GROUP ? left : GROUP;
-      for (int i = 0; i < many * how.key_dim; i += WIDTH)
-        store(scaled + i, load(queries + g * how.key_dim + i) * how.scale);
-      float *o = into.out + g * how.value_dim, *total = into.total + g, *top = into.top + g;
-      switch (many) {
-        case 1: attend_part<T, 1>(scaled, k, v, found, last - first, how.softcap, o, total, top); break;
-        case 2: attend_part<T, 2>(scaled, k, v, found, last - first, how.softcap, o, total, top); break;
-        case 3: attend_part<T, 3>(scaled, k, v, found, last - first, how.softcap, o, total, top); break;
-        default: attend_part<T, 4>(scaled, k, v, found, last - first, how.softcap, o, total, top);
+    float scaled[TILE * MAX_DIM];
+    Span seen[TILE];
+    for (int n = 0; n < queries(group);) {
+      const int left = queries(group) - n, many = left < TILE ? left : TILE;
+      for (int i = 0; i < many; i++) {
+        const int of = row + (n + i) / heads();
+        const T* from_query = query + of * query_stride + (int64_t(head) * heads() + (n + i) % heads()) * how.key_dim;
+        for (int d = 0; d < how.key_dim; d += WIDTH)
+          store(scaled + i * how.key_dim + d, load(from_query + d) * how.scale);
+        seen[i] = {begin(of) - first, end(of) - first < count ? end(of) - first : count};
       }
-      g += many;
+      float *o = into.out + n * how.value_dim, *total = into.total + n, *top = into.top + n;
+      switch (many) {
+        case 1: attend_part<T, 1>(scaled, seen, k, v, found, count, how.softcap, o, total, top); break;
+        case 2: attend_part<T, 2>(scaled, seen, k, v, found, count, how.softcap, o, total, top); break;
+        case 3: attend_part<T, 3>(scaled, seen, k, v, found, count, how.softcap, o, total, top); break;
+        default: attend_part<T, 4>(scaled, seen, k, v, found, count, how.softcap, o, total, top);
+      }
+      n += many;
     }
   }
 
-  void write(int row, int head, const Sums& sums) const {
-    T* to = out + (int64_t(row) * how.heads + int64_t(head) * groups()) * how.value_dim;
-    for (int g = 0; g < groups(); g++)
+  void write(int group, int head, const Sums& sums) const {
+    for (int n = 0; n < queries(group); n++) {
+      const int64_t row = starts[group] + n / heads();
+      T* to = out + (row * how.heads + int64_t(head) * heads() + n % heads()) * how.value_dim;
       for (int d = 0; d < how.value_dim; d += WIDTH)
-        store(to + g * how.value_dim + d, load(sums.out + g * how.value_dim + d) * (1.0f / sums.total[g]));
-  }
-
-  // One thread does a row's key head.
-  void whole(int row, int head) const {
-    float memory[2][MAX_GROUPS * (MAX_DIM + 2)];
-    Sums sums = split(memory[0]), next = split(memory[1]);
-    part(row, head, 0, sums);
-    for (int i = 1; i < parts(row); i++) {
-      part(row, head, i, next);
-      merge(sums, next, groups(), how.value_dim);
+        store(to + d, load(sums.out + n * how.value_dim + d) * (1.0f / sums.total[n]));
     }
-    write(row, head, sums);
   }
 
-  int size() const { return groups() * (how.value_dim + 2); }
-  Sums split(float* memory) const {
-    float* total = memory + groups() * how.value_dim;
-    return {memory, total, total + groups()};
+  // One thread does a group's key head.
+  void whole(int group, int head) const {
+    float memory[2][MAX_QUERIES * (MAX_DIM + 2)];
+    Sums sums = split(group, memory[0]), next = split(group, memory[1]);
+    part(group, head, 0, sums);
+    for (int i = 1; i < parts(group); i++) {
+      part(group, head, i, next);
+      merge(sums, next, queries(group), how.value_dim);
+    }
+    write(group, head, sums);
+  }
+
+  Sums split(int group, float* memory) const {
+    float* total = memory + queries(group) * how.value_dim;
+    return {memory, total, total + queries(group)};
   }
 };
 
-// `scratch`: [rows, key_heads, most parts, groups * (value_dim + 2)] floats, or null: a thread does all parts of a row.
+// `scratch`: [groups, key_heads, most_parts, size] floats, or null: a thread does all parts of a group's key head.
 template <class T>
-void attend(const Attend<T>& task, int rows, float* scratch, int most_parts) {
-  const int heads = task.how.key_heads, items = rows * heads;
+void attend(const Attend<T>& task, int groups, float* scratch, int most_parts, int size) {
+  const int heads = task.how.key_heads, items = groups * heads;
   if (scratch == nullptr) {
 #pragma omp parallel for schedule(dynamic, 1) if (items > 1)
     for (int i = 0; i < items; i++) task.whole(i / heads, i % heads);
@@ -302,16 +333,18 @@ void attend(const Attend<T>& task, int rows, float* scratch, int most_parts) {
   }
 #pragma omp parallel for schedule(dynamic, 1)
   for (int i = 0; i < items * most_parts; i++) {
-    const int row = i / most_parts / heads;
-    if (i % most_parts < task.parts(row))
-      task.part(row, i / most_parts % heads, i % most_parts, task.split(scratch + int64_t(i) * task.size()));
+    const int group = i / most_parts / heads;
+    if (i % most_parts < task.parts(group))
+      task.part(group, i / most_parts % heads, i % most_parts, task.split(group, scratch + int64_t(i) * size));
   }
+#pragma omp parallel for schedule(dynamic, 1) if (items > 1)
   for (int i = 0; i < items; i++) {
-    float* parts = scratch + int64_t(i) * most_parts * task.size();
-    Sums sums = task.split(parts);
-    for (int p = 1; p < task.parts(i / heads); p++)
-      merge(sums, task.split(parts + int64_t(p) * task.size()), task.groups(), task.how.value_dim);
-    task.write(i / heads, i % heads, sums);
+    const int group = i / heads;
+    float* parts = scratch + int64_t(i) * most_parts * size;
+    Sums sums = task.split(group, parts);
+    for (int p = 1; p < task.parts(group); p++)
+      merge(sums, task.split(group, parts + int64_t(p) * size), task.queries(group), task.how.value_dim);
+    task.write(group, i % heads, sums);
   }
 }
 
@@ -452,9 +485,11 @@ void int8_product(const float* x, const int8_t* weight, const float* scale, T* o
 #define EXPORT(T, NAME)                                                                                               \
   extern "C" void attend_##NAME(const Attention* how, const T* query, int64_t query_stride, const T* keys,            \
                                 const T* values, const int32_t* tables, int64_t table_stride, const int32_t* owners,  \
-                                const int64_t* positions, T* out, int rows, float* scratch, int most_parts) {         \
-    attend(Attend<T>{*how, query, query_stride, keys, values, tables, table_stride, owners, positions, out}, rows,    \
-           scratch, most_parts);                                                                                      \
+                                const int32_t* starts, const int64_t* positions, T* out, int groups, float* scratch,  \
+                                int most_parts, int size) {                                                           \
+    attend(                                                                                                           \
+        Attend<T>{*how, query, query_stride, keys, values, tables, table_stride, owners, starts, positions, out},     \
+        groups, scratch, most_parts, size);                                                                           \
   }                                                                                                                   \
   extern "C" void add_rms_norm_##NAME(const T* x, T* residual, const T* weight, float epsilon, T* out, int rows,      \
                                       int dim) {                                                                      \
