@@ -14,8 +14,8 @@ from llmboost_worker.engine.transformers.cache import LayerShape
 from llmboost_worker.engine.transformers.kernels import MAX_QUERIES, PART, Attention, Kernels
 
 SHORT = 16
-"""Rows of a chunk up to which the kernel is the faster one. For longer ones it pays to gather their context for
-a product of matrices, which torch does better."""
+"""Rows of a chunk up to which the kernel is the faster one. For longer ones it pays to gather their context
+for a product of matrices, which torch does better."""
 
 MOST_ROWS = 16
 """Of a chunk that read the context together."""
