@@ -6,12 +6,12 @@ So an answer that took another turn at a tie is held to what an unbroken run mak
 """
 
 import asyncio
+import copy
 import json
 import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from types import SimpleNamespace
 from typing import Any
 
 from tests.commands import ROOT
@@ -133,40 +133,47 @@ class Judge:
 
 def distance(logits: Any, sequence: Any, token: int) -> float:
     """How far the scores [vocabulary] are from having this token drawn; 0 if it is."""
+    import torch
+
     from llmboost_worker.engine.transformers.sampling import penalties, randomness, sampler
+    from llmboost_worker.engine.transformers.sampling.parameters import Parameters
 
     row = logits[None].clone()
-    penalties.apply(row, [sequence])
+    parameters = Parameters([sequence], row.shape[1], row.device)
+    penalties.apply(row, parameters)
     row -= row.max()
     sampling = sequence.sampling
     if sampling.temperature == 0:
         return float(-row[0, token])
-    key = randomness.key(sequence.random_state, sequence.num_output)
-    weights = sampler.weigh(row.clone(), [sequence])
-    exactly = _behind(weights, key, token)
+    keys = randomness.keys(parameters.random_states, torch.tensor([sequence.num_output]))
+    weights = sampler.weigh(row.clone(), parameters)
+    exactly = _behind(weights, keys, token)
     if exactly == 0:
         return 0.0
-    return min(exactly, *(_behind(each, key, token) for each in _nearly(row, sampling)))
+    return min(exactly, *(_behind(each, keys, token) for each in _nearly(row, sequence)))
 
 
-def _nearly(row: Any, sampling: Any) -> Iterator[Any]:
+def _nearly(row: Any, sequence: Any) -> Iterator[Any]:
     """The weights [1, vocabulary] if what the filters cut off, or keep, were a little more or less."""
     import msgspec
 
     from llmboost_worker.engine.transformers.sampling import sampler
+    from llmboost_worker.engine.transformers.sampling.parameters import COLDEST, Parameters
 
-    every = (row / max(sampling.temperature, sampler.COLDEST)).clamp(min=sampler.LEAST).exp()
+    sampling = sequence.sampling
+    every = (row / max(sampling.temperature, COLDEST)).clamp(min=sampler.LEAST).exp()
     for more in (0, -NEAR, NEAR):
         changes: dict[str, float] = {"min_p": sampling.min_p * (1 + more)}
         if sampling.top_p < 1:
             changes["top_p"] = min(1.0, sampling.top_p * (1 + more))
-        moved = SimpleNamespace(sampling=msgspec.structs.replace(sampling, **changes))
-        kept = sampler.weigh(row.clone(), [moved])
+        moved = copy.copy(sequence)
+        moved.sampling = msgspec.structs.replace(sampling, **changes)
+        kept = sampler.weigh(row.clone(), Parameters([moved], row.shape[1], row.device))
         for edge in (-NEAR, NEAR):
             yield every * (every >= kept[kept > 0].min() * (1 + edge))
 
 
-def _behind(weights: Any, key: int, token: int) -> float:
+def _behind(weights: Any, keys: Any, token: int) -> float:
     """How far a token's score is behind that of the race's winner, first of the blocks, then inside."""
     import torch
 
@@ -178,7 +185,7 @@ def _behind(weights: Any, key: int, token: int) -> float:
     block = token // sampler.BLOCK
 
     def behind(rates: Any, candidates: Any, mine: int) -> float:
-        scores = rates.log() - randomness.exponentials([key], candidates[None])[0].log()
+        scores = rates.log() - randomness.exponentials(keys, candidates[None])[0].log()
         return float(scores.max() - scores[mine])
 
     between = behind(blocks.sum(1), numbers[: len(blocks)], block)
