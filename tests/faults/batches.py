@@ -93,9 +93,11 @@ class RunningBatch:
         batch = await wait_until(self._ended, within=ENDED_S, every=0.05)
         assert batch.status == "completed", batch
         assert batch.request_counts is not None
+        if batch.error_file_id is not None:
+            async with self._client() as client:
+                raise AssertionError((await client.files.content(batch.error_file_id)).text[:2000])
         assert batch.request_counts.completed == batch.request_counts.total == self.lines, batch
         assert batch.output_file_id is not None
-        assert batch.error_file_id is None
         async with self._client() as client:
             content = (await client.files.content(batch.output_file_id)).text
         rows = [json.loads(line) for line in content.splitlines()]
