@@ -280,26 +280,33 @@ def _transformers_config(settings: WorkerSettings, model: str) -> "EngineConfig"
 
     try:
         return EngineConfig(
-            model=model,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            dtype=settings.dtype,
-            quantization=settings.quantization,
-            device=settings.device,
+            **_of_every_engine(settings, model),
             attention_backend=settings.attention_backend,
             enable_cuda_graphs=settings.enable_cuda_graphs,
-            max_model_len=settings.max_model_len,
-            kv_cache_memory=settings.kv_cache_memory,
-            # Every sequence has a token in every step.
-            max_num_seqs=min(settings.max_num_seqs, settings.max_num_batched_tokens),
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            enable_chunked_prefill=settings.enable_chunked_prefill,
-            enable_prefix_caching=settings.enable_prefix_caching,
-            threads=settings.threads or None,
             tp=settings.tp,
         )
     except ValueError as error:  # settings that don't go together
         raise EngineError(str(error)) from error
+
+
+def _of_every_engine(settings: WorkerSettings, model: str) -> dict[str, Any]:
+    """The fields that the engines' configurations have in common."""
+    return {
+        "model": model,
+        "revision": settings.revision,
+        "trust_remote_code": settings.trust_remote_code,
+        "dtype": settings.dtype,
+        "quantization": settings.quantization,
+        "device": settings.device,
+        "max_model_len": settings.max_model_len,
+        "kv_cache_memory": settings.kv_cache_memory,
+        # Every sequence has a token in every step.
+        "max_num_seqs": min(settings.max_num_seqs, settings.max_num_batched_tokens),
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "enable_chunked_prefill": settings.enable_chunked_prefill,
+        "enable_prefix_caching": settings.enable_prefix_caching,
+        "threads": settings.threads or None,
+    }
 
 
 def _follow(settings: WorkerSettings) -> int:
@@ -319,19 +326,7 @@ def _vllm_engine(settings: WorkerSettings, model: str, tokenizer: Tokenizer) -> 
 
     return VllmEngine(
         VllmConfig(
-            model=model,
-            revision=settings.revision,
-            trust_remote_code=settings.trust_remote_code,
-            dtype=settings.dtype,
-            quantization=settings.quantization,
-            device=settings.device,
-            max_model_len=settings.max_model_len,
-            kv_cache_memory=settings.kv_cache_memory,
-            max_num_seqs=min(settings.max_num_seqs, settings.max_num_batched_tokens),
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            enable_chunked_prefill=settings.enable_chunked_prefill,
-            enable_prefix_caching=settings.enable_prefix_caching,
-            threads=settings.threads or None,
+            **_of_every_engine(settings, model),
             tensor_parallel=settings.tp,
             pipeline_parallel=settings.pp,
             log_level=settings.log_level,

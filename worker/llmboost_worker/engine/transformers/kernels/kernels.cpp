@@ -19,7 +19,7 @@ constexpr int WIDTH = 16;      // floats in a vector
 constexpr int PART = 256;      // tokens of a context that are attended to at a time
 constexpr int AHEAD = 12;      // tokens
 constexpr int TILE = 4;        // queries that share the registers they read keys into
-constexpr int MAX_DIM = 256;   // of a head; `Kernels.supports` checks both
+constexpr int MAX_DIM = 256;   // of a head; `Kernels.attends` checks it
 constexpr int MAX_QUERIES = 64;  // of a group, per key head
 
 typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
