@@ -5,6 +5,7 @@ import pytest
 from llmboost_worker.engine.transformers.pace import (
     CROWD,
     FIRST_CHUNK,
+    MANY,
     MIN_CHUNK,
     STALE,
     UNBOUNDED,
@@ -143,13 +144,32 @@ def test_a_crowd_of_prompts_gets_more() -> None:
     machine.run(0, tokens=2000)
     allowed = {}
     for prompts in (1, CROWD, 3 * CROWD, 15 * CROWD):
-        machine.run(4)
-        machine.prefill(1000, 4, prompts)
-        machine.run(4)
-        allowed[prompts] = machine.pace.tokens(4, prompts, 500)
+        machine.run(30)
+        machine.prefill(1000, 30, prompts)
+        machine.run(30)
+        allowed[prompts] = machine.pace.tokens(30, prompts, 500)
     assert allowed[CROWD] == pytest.approx(allowed[1], abs=1)
     assert allowed[3 * CROWD] == pytest.approx(3 * allowed[1], rel=0.2)
     assert allowed[15 * CROWD] == pytest.approx(15 * allowed[1], rel=0.2)
+
+
+def test_few_wait_for_many() -> None:
+    """In proportion: one that decodes beside fifteen others that came with it lets them all in at once. A few
+    are not many, however few decode."""
+
+    def shares(decoding: int, prompts: int) -> float:
+        """How many decode steps' worth of prompt tokens it takes."""
+        machine = Machine(pair=0.0)
+        machine.run(0, tokens=2000)
+        machine.run(decoding)
+        machine.prefill(1000, decoding, MANY)
+        machine.run(decoding)
+        return machine.pace.tokens(decoding, prompts, 0) * machine.token / machine.decode_seconds(decoding)
+
+    assert shares(32, 16) == pytest.approx(shares(16, 16), rel=0.1)
+    assert shares(8, 16) == pytest.approx(2 * shares(16, 16), rel=0.1)
+    assert shares(1, 16) == pytest.approx(16 * shares(16, 16), rel=0.1)
+    assert shares(1, MANY - 1) == pytest.approx(shares(16, MANY - 1), rel=0.1)
 
 
 def test_what_was_measured_in_bad_times_does_not_open_the_gates() -> None:

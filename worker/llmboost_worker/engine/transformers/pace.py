@@ -26,7 +26,8 @@ CROWD = 2
 """So many prompts that wait get one share."""
 
 MANY = 8
-"""So many are let in without trying smaller chunks first: those who wait are the most."""
+"""So many are let in without trying smaller chunks first; and if they are more than the rows that decode,
+these wait for them so much the longer."""
 
 KEPT = 9
 KEPT_STALE = 3
@@ -80,7 +81,9 @@ class Pace:
         The more prompts wait, the more they get. Otherwise a full house would spend its time on small steps,
         in which few decode and most wait: simulated with 32 clients that send 256 tokens and draw 64, 51
         tokens a second instead of 59 (60 without any bound), and four times as long to the first one. Steps
-        grow for everyone then, so that the longest gap stays near the usual one.
+        grow for everyone then, so that the longest gap stays near the usual one. Of clients that all come at
+        once the first one's tokens would cost nearly a whole batch's while the others are let in one by one:
+        with 16 of them, 228 tokens a second where one large step makes 267.
 
         Args:
             decoding: rows of the step that decode
@@ -93,6 +96,8 @@ class Pace:
         if batch.seconds is None or batch.num_mixed >= STALE:
             return 0
         seconds = SHARE * batch.seconds * max(1.0, prompts / CROWD)
+        if prompts >= MANY:
+            seconds *= max(1.0, prompts / decoding)
         affordable = max(MIN_CHUNK, self._prefill.affordable(seconds, context))
         return affordable if prompts >= MANY else batch.allow(affordable)
 
