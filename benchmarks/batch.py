@@ -29,7 +29,7 @@ from llmboost.leases import Claim
 from llmboost.queue import JobQueue
 from llmboost.registry import ModelCard, Registry, WorkerCard
 from llmboost.settings import ApiSettings
-from llmboost.streams import TokenStreams, Writer, append_to
+from llmboost.streams import TokenStreams, Writer
 from llmboost_api.batches.record import ENDED, ID_PREFIX, BatchRecord
 from llmboost_api.batches.runner import BatchRunner
 from llmboost_api.batches.store import BatchStore
@@ -61,9 +61,8 @@ async def answer(queue: JobQueue, claim: Claim) -> None:
     job = deserialize(await queue.redis.get(arq_job(claim.job_id)))["a"][0].decode()
     writer = Writer(job.id, claim.attempt)
     await queue.streams.begin(writer, WORKER)
-    pipe = queue.redis.pipeline(transaction=False)
-    append_to(pipe, job.id, writer.next_id(), Delta([ChoiceDelta(0, 0, [1], "Hello.", "stop")]))
-    await pipe.execute()
+    answer = Delta([ChoiceDelta(0, 0, [1], "Hello.", "stop")])
+    await queue.streams.append([(job.id, writer.next_id(), answer)])
     await queue.streams.seal(job.id, Terminal(WORKER, Usage(100, 1)), writer)
     await queue.finish(MODEL, claim, WORKER)
 

@@ -19,7 +19,7 @@ from llmboost.connection import connect
 from llmboost.embedded import free_port
 from llmboost.entries import ChoiceDelta, Delta, Queued, ReadEntry, Terminal, decode, encode
 from llmboost.keys import stream
-from llmboost.streams import BEGINNING, SEAL_ID, TokenStreams, Transcript, Writer, append_to
+from llmboost.streams import BEGINNING, SEAL_ID, TokenStreams, Transcript, Writer
 from llmboost.tailer import Tailer
 
 
@@ -28,20 +28,15 @@ def write(url: str, job_ids: list[str], steps: int, interval: float) -> None:
 
     async def run() -> None:
         redis = connect(url)
+        streams = TokenStreams(redis, retention=60)
         writers = [Writer(job_id, 1) for job_id in job_ids]
         due = time.monotonic()
         for step in range(steps):
-            pipe = redis.pipeline(transaction=False)
             entry = Delta([ChoiceDelta(0, step, [step], " token")])
-            for writer in writers:
-                append_to(pipe, writer.job_id, writer.next_id(), entry)
-            await pipe.execute()
+            await streams.append([(writer.job_id, writer.next_id(), entry) for writer in writers])
             due += interval
             await asyncio.sleep(max(0.0, due - time.monotonic()))
-        pipe = redis.pipeline(transaction=False)
-        for writer in writers:
-            append_to(pipe, writer.job_id, SEAL_ID, Terminal("benchmark"))
-        await pipe.execute()
+        await streams.append([(writer.job_id, SEAL_ID, Terminal("benchmark")) for writer in writers])
         await redis.aclose()
 
     asyncio.run(run())

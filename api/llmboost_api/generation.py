@@ -60,16 +60,19 @@ class Generation:
         self._parent = parent
         self._merge = Merge()
         self._stack = AsyncExitStack()
-        self._waiting: asyncio.Timeout | None = None
-        self._deadline = _loop_time(form.deadline)
-        self._verdict: ApiError | None = None
+        self._loop = asyncio.get_running_loop()
+        self._deadline = self._loop.time() + form.deadline - now()
+        self._timer: asyncio.TimerHandle | None = None
+        self._waits_since: float | None = None
+        """The loop's time at which the wait for the next step began, if it is being waited for."""
 
     async def __aenter__(self) -> "Generation":
         async with AsyncExitStack() as stack:
-            for job_id in job_ids(self.id, self.form.jobs):
-                tail = self._parent.tailer.tail(job_id)
-                self._merge.add(await stack.enter_async_context(tail))
+            for index, job_id in enumerate(job_ids(self.id, self.form.jobs)):
+                tail = self._parent.tailer.tail(job_id, self._merge.news)
+                self._merge.add(index, await stack.enter_async_context(tail))
             self._stack = stack.pop_all()
+        self._end_at(self._deadline + DEADLINE_SLACK_S)
         self._parent.add(self)
         return self
 
@@ -77,18 +80,17 @@ class Generation:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._parent.running.discard(self)
-        await self._merge.aclose()
+        if self._timer is not None:
+            self._timer.cancel()
         await self._stack.aclose()
 
     def __aiter__(self) -> "Generation":
         return self
 
     async def __anext__(self) -> Step:
+        self._waits_since = self._loop.time()
         try:
-            async with asyncio.timeout_at(self._until) as self._waiting:
-                return await self._merge.next()
-        except TimeoutError:
-            raise self._verdict or errors.from_stream(DEADLINE_ERROR) from None
+            return await self._merge.next()
         except StreamGone:
             raise errors.from_stream(GONE) from None
         except StreamGap as gap:
@@ -101,21 +103,25 @@ class Generation:
                 lost.headers = {"retry-after": "1"}
             raise lost from error
         finally:
-            self._waiting = None
-
-    @property
-    def _until(self) -> float:
-        """The loop's time until which to wait for the next step."""
-        if self._verdict is not None:
-            return 0.0
-        # What has ended is still read after its deadline, if slowly.
-        return max(self._deadline, asyncio.get_running_loop().time()) + DEADLINE_SLACK_S
+            self._waits_since = None
 
     def end(self, verdict: ApiError) -> None:
         """Makes iteration raise at its next wait, or the one under way."""
-        self._verdict = verdict
-        if self._waiting is not None and not self._waiting.expired():
-            self._waiting.reschedule(0.0)
+        self._merge.interrupt(verdict)
+
+    def _end_at(self, due: float) -> None:
+        self._timer = self._loop.call_at(due, self._end_if_late)
+
+    def _end_if_late(self) -> None:
+        """What has ended is still read after its deadline, if slowly: the slack is of the wait for a step."""
+        time = self._loop.time()
+        due = (
+            time if self._waits_since is None else max(self._deadline, self._waits_since)
+        ) + DEADLINE_SLACK_S
+        if time < due:
+            self._end_at(due)
+        else:
+            self.end(errors.from_stream(DEADLINE_ERROR))
 
 
 class Generations:
@@ -253,7 +259,3 @@ def _shutdown_error(generation: Generation, grace: float) -> ApiError:
         # Who asks again for the same completion generates nothing twice, and another server will answer.
         headers={"retry-after": "1"} if generation.again else errors.NO_RETRY,
     )
-
-
-def _loop_time(unix_time: float) -> float:
-    return asyncio.get_running_loop().time() + unix_time - now()

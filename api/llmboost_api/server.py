@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from sse_starlette.sse import AppStatus
 
+from llmboost import garbage
 from llmboost.settings import ApiSettings
 from llmboost_api.connections import ClientConnection, limit_writes
 
@@ -66,6 +67,7 @@ class PodServer(uvicorn.Server):
         await super().startup(sockets)
         for listener in self.servers[0].sockets:
             limit_writes(listener, self._settings.send_timeout)
+        garbage.settle()
         host = f"[{self._settings.host}]" if ":" in self._settings.host else self._settings.host
         logger.info("ready: serving on http://%s:%d", host, self.port)
 

@@ -5,10 +5,11 @@ back gets the frames that follow it, wherever the connection broke.
 """
 
 from collections import defaultdict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine, Generator
 from typing import Any, Protocol, cast
 
 from sse_starlette import EventSourceResponse
+from starlette.types import Message, Send
 
 from llmboost.entries import ChoiceDelta, Delta, Entry, StreamError, Terminal, TokenLogprob, Usage
 from llmboost.settings import ApiSettings
@@ -36,7 +37,7 @@ def ping() -> bytes:
 
 def event_source(frames: AsyncIterator[bytes], settings: ApiSettings) -> EventSourceResponse:
     """A response that sends the frames as they are, and keep-alives between them."""
-    return EventSourceResponse(
+    return _EventSource(
         frames,
         sep="\n",
         ping=settings.ping_interval,
@@ -44,6 +45,41 @@ def event_source(frames: AsyncIterator[bytes], settings: ApiSettings) -> EventSo
         ping_message_factory=cast("Callable[[], Any]", ping),
         send_timeout=settings.send_timeout,
     )
+
+
+class _EventSource(EventSourceResponse):
+    """Differs from sse-starlette's response in this: a message that the connection takes at once is sent
+    without a time limit. To set one costs as much as to send a token."""
+
+    async def _send_with_timeout(self, send: Send, message: Message) -> None:
+        # uvicorn's `send` is a coroutine, and what wraps it too.
+        sending = cast("Coroutine[Any, Any, None]", send(message))
+        try:
+            awaited = sending.send(None)
+        except StopIteration:
+            return
+        await super()._send_with_timeout(lambda _: _Begun(sending, awaited), message)
+
+
+class _Begun:
+    """The rest of a coroutine that waits for something."""
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], awaited: Any) -> None:
+        self._coroutine = coroutine
+        self._awaited = awaited
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        awaited = self._awaited
+        try:
+            while True:
+                try:
+                    sent = yield awaited
+                except BaseException as error:
+                    awaited = self._coroutine.throw(error)
+                else:
+                    awaited = self._coroutine.send(sent)
+        except StopIteration:
+            return
 
 
 class Frames(Protocol):

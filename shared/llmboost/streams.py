@@ -33,7 +33,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llmboost import keys
 from llmboost.audience import Audience
-from llmboost.entries import FIELD, Delta, Entry, Queued, ReadEntry, Started, Terminal, decode, encode
+from llmboost.entries import Delta, Entry, Queued, ReadEntry, Started, Terminal, decode, encode
 from llmboost.lua import ENQUEUE_ARQ, NOW, Script
 
 QUEUED_ID = "0-1"
@@ -207,6 +207,19 @@ return outcome
 """
 )
 
+_APPEND = Script("""
+local replies = {}
+for i, key in ipairs(KEYS) do
+  replies[i] = redis.pcall('XADD', key, 'NOMKSTREAM', ARGV[2 * i - 1], 'e', ARGV[2 * i])
+end
+return replies
+""")
+
+_BEGIN = Script("""
+local reply = redis.pcall('XADD', KEYS[1], 'NOMKSTREAM', ARGV[1], 'e', ARGV[2])
+return {reply, redis.call('XRANGE', KEYS[1], '-', '+')}
+""")
+
 _PASSING = (
     "LOADING",
     "READONLY",
@@ -287,23 +300,29 @@ class TokenStreams(Audience):
         Raises:
             StreamEnded: sealed, gone, or fenced by a later attempt.
         """
-        await persist(lambda: self._append_one(writer, writer.fence_id, Started(worker)))
         transcript = Transcript()
-        for entry_id, entry in await persist(lambda: self.read(writer.job_id)):
+        for entry_id, entry in await persist(lambda: self._begin(writer, Started(worker))):
             transcript.apply(entry_id, entry)
         if transcript.terminal is not None:
             raise StreamSealed(f"{writer.job_id}: sealed by {transcript.terminal.by}")
         return transcript
 
-    async def _append_one(self, writer: Writer, entry_id: str, entry: Entry) -> None:
-        try:
-            written = await self.redis.xadd(
-                keys.stream(writer.job_id), {FIELD: encode(entry)}, id=entry_id, nomkstream=True
-            )
-        except ResponseError as error:
-            await self.check_reply(writer, entry_id, error)
-        else:
-            await self.check_reply(writer, entry_id, written)
+    async def _begin(self, writer: Writer, fence: Started) -> list[ReadEntry]:
+        reply, raw = await _BEGIN(self.redis, [keys.stream(writer.job_id)], [writer.fence_id, encode(fence)])
+        await self.check_reply(writer, writer.fence_id, reply)
+        return decode(
+            [(entry_id, dict(zip(fields[::2], fields[1::2], strict=True))) for entry_id, fields in raw]
+        )
+
+    async def append(self, entries: Sequence[tuple[str, str, Entry]]) -> list[bytes | Exception | None]:
+        """Appends to many streams at once, (id of the job, of the entry, entry) each; the replies go to
+        `check_reply`. In one script, so that whoever reads them is woken once and finds them all.
+
+        NOMKSTREAM: a stream that is gone must not come back as one without a beginning.
+        """
+        contents = [part for _, entry_id, entry in entries for part in (entry_id, encode(entry))]
+        replies = await _APPEND(self.redis, [keys.stream(job_id) for job_id, _, _ in entries], contents)
+        return cast("list[bytes | Exception | None]", replies)
 
     async def check_reply(self, writer: Writer, entry_id: str, reply: bytes | Exception | None) -> None:
         """Returns if the entry is in the stream; a refused one may be there from an earlier send.
@@ -390,11 +409,3 @@ class TokenStreams(Audience):
         """Forgets streams, which should have been sealed. Whoever still writes one learns that it is gone."""
         if job_ids:
             await self.redis.unlink(*map(keys.stream, job_ids))
-
-
-def append_to(pipe: Any, job_id: str, entry_id: str, entry: Entry) -> None:
-    """Puts an XADD into a pipeline; its reply goes to `TokenStreams.check_reply`.
-
-    NOMKSTREAM: a stream that is gone must not come back as one without a beginning.
-    """
-    pipe.xadd(keys.stream(job_id), {FIELD: encode(entry)}, id=entry_id, nomkstream=True)

@@ -29,6 +29,7 @@ from llmboost.connection import BLOCK_S, connect
 from llmboost.entries import ReadEntry, decode
 from llmboost.inbox import Inbox, RawEntry
 from llmboost.lua import Script
+from llmboost.news import News
 from llmboost.streams import (
     StreamGap,
     StreamGone,
@@ -71,14 +72,14 @@ class Subscription:
         TailerClosed: the tailer ended first.
     """
 
-    def __init__(self, tailer: "Tailer", job_id: str) -> None:
+    def __init__(self, tailer: "Tailer", job_id: str, news: News | None) -> None:
         self.job_id = job_id
         self.key = keys.stream(job_id).encode()
         self._inbox = Inbox()
         self._tailer = tailer
         self._transcript = Transcript()
         self._error: Exception | None = None
-        self._news = asyncio.Event()
+        self._news = news or News()
 
     async def __aenter__(self) -> "Subscription":
         self._tailer._enter(self)
@@ -96,13 +97,26 @@ class Subscription:
         return self
 
     async def __anext__(self) -> list[ReadEntry]:
-        if self._transcript.terminal is not None:
+        if self.ended:
             raise StopAsyncIteration
-        while not self._inbox.entries:
-            if self._error is not None:
-                raise self._error
-            self._news.clear()
+        while not self.ready:
             await self._news.wait()
+        return self.take()
+
+    @property
+    def ended(self) -> bool:
+        """The terminal entry has been taken."""
+        return self._transcript.terminal is not None
+
+    @property
+    def ready(self) -> bool:
+        """`take` has something to return or to raise. Whether it has may change with every word of `news`."""
+        return bool(self._inbox.entries) or self._error is not None
+
+    def take(self) -> list[ReadEntry]:
+        """The next batch, of a subscription that is `ready`; raises what iteration does."""
+        if not self._inbox.entries and self._error is not None:
+            raise self._error
         was_full = not self._inbox.hungry
         entries = self._inbox.take()
         if was_full:
@@ -128,14 +142,14 @@ class Subscription:
 
     def _accept(self, entries: list[RawEntry], read_after: bytes) -> None:
         if self._inbox.accept(entries, read_after):
-            self._news.set()
+            self._news.tell()
 
     def _fail(self, error: Exception) -> None:
         """Ends the iteration with an error once the inbox is empty; the first one counts."""
         if self._error is None:
             self._error = error
         self._inbox.closed = True
-        self._news.set()
+        self._news.tell()
 
 
 class Tailer:
@@ -193,9 +207,12 @@ class Tailer:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._redis.aclose()
 
-    def tail(self, job_id: str) -> Subscription:
-        """A reader of the stream. While it is entered, the stream has an audience."""
-        return Subscription(self, job_id)
+    def tail(self, job_id: str, news: News | None = None) -> Subscription:
+        """A reader of the stream. While it is entered, the stream has an audience.
+
+        `news`: is told when it is `ready`, for a task that waits for several.
+        """
+        return Subscription(self, job_id, news)
 
     def hold_promises(self) -> None:
         """From now on who leaves is sent away, and has what was promised to come back elsewhere."""

@@ -127,9 +127,14 @@ async def test_clients_that_read_again_in_time_get_everything(system: System, re
     """They begin to read when their answers have long been made, and were too large to wait in the kernel."""
     before = await stream_ids(redis)
     bodies = [long_story(150, seed=number, logprobs=True, top_logprobs=20) for number in range(3)]
+    streams = TokenStreams(redis, retention=600)
+
+    async def all_made() -> bool:
+        made = await stream_ids(redis) - before
+        return len(made) == len(bodies) and all(await streams.sealed(list(made)))
+
     with StalledClients(system.urls[PATIENT], bodies) as stalled:
-        wait_until(lambda: system.busy() == len(bodies), within=LET_GO_S, what="all of them run")
-        system.await_idle(within=300)
+        await wait_until_async(all_made, within=300)
         answers = [frames_of(read_all(client)) for client in stalled.sockets]
     texts = []
     for frames in answers:

@@ -19,7 +19,7 @@ from llmboost.leases import Claim
 from llmboost.queue import JobQueue
 from llmboost.registry import ModelCard, Registry, WorkerCard
 from llmboost.settings import ApiSettings
-from llmboost.streams import StreamEnded, TokenStreams, Writer, append_to, persist
+from llmboost.streams import StreamEnded, TokenStreams, Writer, persist
 from llmboost_api import sse
 from llmboost_api.app import create_app
 from llmboost_api.server import PodServer
@@ -128,11 +128,8 @@ class ScriptedWorker:
 
     async def append(self, writer: Writer, entries: Sequence[Entry]) -> None:
         """All in one round trip, so that a reader gets them together."""
-        ids = [writer.next_id() for _ in entries]
-        pipe = self.redis.pipeline(transaction=True)
-        for entry_id, entry in zip(ids, entries, strict=True):
-            append_to(pipe, writer.job_id, entry_id, entry)
-        for entry_id, reply in zip(ids, await pipe.execute(raise_on_error=False), strict=True):
+        sent = [(writer.job_id, writer.next_id(), entry) for entry in entries]
+        for (_, entry_id, _), reply in zip(sent, await self.queue.streams.append(sent), strict=True):
             await self.queue.streams.check_reply(writer, entry_id, reply)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from llmboost.entries import ChoiceDelta, Delta, ReadEntry, Terminal, Usage
 from llmboost.jobs import GenerationJob, Prompt, SamplingParams, now
 from llmboost.queue import JobQueue
-from llmboost.streams import TokenStreams, Writer, append_to, persist
+from llmboost.streams import TokenStreams, Writer, persist
 
 
 class Log:
@@ -50,10 +50,7 @@ class Log:
         self.position += len(texts)
 
         async def send() -> None:
-            pipe = self.streams.redis.pipeline(transaction=False)
-            for entry_id, entry in entries:
-                append_to(pipe, self.id, entry_id, entry)
-            replies = await pipe.execute(raise_on_error=False)
+            replies = await self.streams.append([(self.id, *entry) for entry in entries])
             for (entry_id, _), reply in zip(entries, replies, strict=True):
                 if isinstance(reply, Exception) and entry_id != entries[-1][0]:
                     continue  # An earlier one of a batch that was sent twice.

@@ -129,7 +129,7 @@ async def test_a_client_that_reads_nothing_costs_little(
         (connection,) = connections(patient_pod)
         await wait_until(lambda: connection.flow.write_paused)
         (generation,) = patient_pod.generations
-        (subscription,) = generation._merge._subscriptions
+        ((_, subscription),) = generation._merge._open
         await wait_until(lambda: not subscription._inbox.hungry)
         # One write and one read may overshoot.
         assert connection.transport.get_write_buffer_size() < WRITE_BUFFER + 2 * inbox.BYTES

@@ -8,7 +8,7 @@ from arq.connections import ArqRedis
 
 from llmboost.entries import ChoiceDelta, Delta, Terminal
 from llmboost.queue import JobQueue
-from llmboost.streams import StreamFenced, TokenStreams, Transcript, Writer, append_to
+from llmboost.streams import StreamFenced, TokenStreams, Transcript, Writer
 from llmboost_worker.engine.interface import SequenceOutput, SequenceRequest
 from llmboost_worker.generation import Generator
 from llmboost_worker.publisher import Outbox, Publisher
@@ -27,7 +27,7 @@ async def test_tokens_that_a_lost_lease_discards_are_left_to_the_next_attempt(
     attempt leaves the stream open, for sealing it would end it well without them."""
     tokenizer = byte_level()
     engine = ScriptedEngine([70, 71, 72])
-    publisher = Publisher(redis, streams)  # not run, so that nothing is appended
+    publisher = Publisher(streams)  # not run, so that nothing is appended
     generator = Generator(engine, engine.info, tokenizer, streams, publisher, "worker")
     job = make_job(max_tokens=3, needs_audience=False)
     await queue.submit(job)
@@ -52,7 +52,7 @@ async def test_the_last_step_of_what_gives_way_is_appended_before_its_seal(
 ) -> None:
     """The step that was under way hands over the last token just when all before it has been appended."""
     engine = ScriptedEngine([70])
-    publisher = Publisher(redis, streams)
+    publisher = Publisher(streams)
     generator = Generator(engine, engine.info, byte_level(), streams, publisher, "worker")
     job = make_job(max_tokens=2, job_class="batch", needs_audience=False)
     await queue.submit(job)
@@ -90,16 +90,14 @@ async def test_a_request_dropped_while_its_last_reply_is_in_doubt_harms_no_other
 ) -> None:
     """An entry is refused, because an earlier send of it arrived; while the newest entry is read, to see
     whose it is, the request is dropped. The publisher goes on."""
-    publisher = Publisher(redis, streams)
+    publisher = Publisher(streams)
     jobs = [make_job(needs_audience=False) for _ in range(2)]
     dropped, other = outboxes = [Outbox(Writer(job.id, 1), lambda ended: None) for job in jobs]
     for job, outbox in zip(jobs, outboxes, strict=True):
         await queue.submit(job)
         await streams.begin(outbox.writer, "worker")
     delta = ChoiceDelta(0, 0, [70], "a")
-    pipe = redis.pipeline(transaction=False)
-    append_to(pipe, jobs[0].id, "1-1", Delta([delta]))
-    await pipe.execute()
+    await streams.append([(jobs[0].id, "1-1", Delta([delta]))])
     newest_id = streams.newest_id
 
     async def dropping(job_id: str) -> str | None:
@@ -134,7 +132,7 @@ async def test_the_prompts_logprobs_are_in_the_stream_once_whoever_writes_them(
     await queue.submit(job)
     asked: list[int] = []
     for attempt in (1, 2):
-        publisher = Publisher(redis, streams)
+        publisher = Publisher(streams)
         generator = Generator(engine, engine.info, tokenizer, streams, publisher, "worker")
         engine.start(generator.deliver, lambda error: None)
         run = asyncio.create_task(generator.run(job, attempt))
@@ -188,15 +186,13 @@ async def test_what_was_cached_of_a_prompt_counts_once(
 
     async def cached_tokens(log: list[ChoiceDelta]) -> int:
         engine = Caching([70])
-        publisher = Publisher(redis, streams)
+        publisher = Publisher(streams)
         generator = Generator(engine, engine.info, byte_level(), streams, publisher, "worker")
         job = make_job(max_tokens=2, n=3, needs_audience=False)
         await queue.submit(job)
         if log:
             await streams.begin(Writer(job.id, 1), "worker")
-            pipe = redis.pipeline(transaction=False)
-            append_to(pipe, job.id, "1-1", Delta(log))
-            await pipe.execute()
+            await streams.append([(job.id, "1-1", Delta(log))])
         engine.start(generator.deliver, lambda error: None)
         sending = asyncio.create_task(publisher.run())
         attempt = asyncio.create_task(generator.run(job, 2))

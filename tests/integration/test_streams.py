@@ -29,7 +29,6 @@ from llmboost.streams import (
     TokenStreams,
     Transcript,
     Writer,
-    append_to,
     persist,
 )
 from tests.integration.workers import RETENTION_S
@@ -53,9 +52,7 @@ async def job_id(queue: JobQueue) -> str:
 async def append(streams: TokenStreams, writer: Writer, entry: Entry, entry_id: str | None = None) -> str:
     """Appends as the publisher does; `entry_id` repeats an earlier send."""
     entry_id = entry_id or writer.next_id()
-    pipe = streams.redis.pipeline(transaction=False)
-    append_to(pipe, writer.job_id, entry_id, entry)
-    [reply] = await pipe.execute(raise_on_error=False)
+    [reply] = await streams.append([(writer.job_id, entry_id, entry)])
     await streams.check_reply(writer, entry_id, reply)
     return entry_id
 

@@ -8,7 +8,7 @@ from llmboost import keys
 from llmboost.entries import ChoiceDelta, Delta, FollowUp, StreamError, Terminal, Usage
 from llmboost.jobs import GenerationJob, Prompt, SamplingParams, new_id, now
 from llmboost.queue import JobQueue
-from llmboost.streams import Writer, append_to
+from llmboost.streams import Writer
 from llmboost_api.webhooks import delivery
 from llmboost_api.webhooks.delivery import Webhooks
 from tests.waiting import wait_until
@@ -56,9 +56,8 @@ class Ends:
         await self.accept(response_id, webhooks.follow_up(response_id))
         writer = Writer(response_id, 1)
         await self.queue.streams.begin(writer, "worker")
-        pipe = self.queue.redis.pipeline()
-        append_to(pipe, response_id, writer.next_id(), Delta([ChoiceDelta(0, 0, [1], "Once", reason)]))
-        await pipe.execute()
+        said = Delta([ChoiceDelta(0, 0, [1], "Once", reason)])
+        await self.queue.streams.append([(response_id, writer.next_id(), said)])
         await self.seal(response_id, error)
         return response_id
 

@@ -197,3 +197,44 @@ async def test_a_client_that_reads_nothing_is_dropped() -> None:
     with pytest.raises(SendTimeoutError):
         await event_source(frames(), ApiSettings(ping_interval=0, send_timeout=0.01))(scope, never, send)
     assert closed
+
+
+class FullConnection:
+    """Takes nothing of a body while it is full."""
+
+    def __init__(self) -> None:
+        self.bodies: list[bytes] = []
+        self.has_room = asyncio.Event()
+        self.is_waited_for = asyncio.Event()
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.body":
+            self.is_waited_for.set()
+            await self.has_room.wait()
+            await asyncio.sleep(0)  # several waits in one send
+            self.bodies.append(message["body"])
+
+
+async def one_frame() -> AsyncIterator[bytes]:
+    yield b"data: 1\n\n"
+
+
+async def test_a_client_that_reads_again_in_time_gets_everything() -> None:
+    connection = FullConnection()
+    response = event_source(one_frame(), ApiSettings(ping_interval=0, send_timeout=60))
+    sending = asyncio.create_task(response({"type": "http", "method": "POST"}, never, connection.send))
+    await connection.is_waited_for.wait()
+    connection.has_room.set()
+    await sending
+    assert connection.bodies == [b"data: 1\n\n", b""]
+
+
+async def test_a_send_that_waits_can_be_cancelled() -> None:
+    connection = FullConnection()
+    response = event_source(one_frame(), ApiSettings(ping_interval=0, send_timeout=60))
+    sending = asyncio.create_task(response({"type": "http", "method": "POST"}, never, connection.send))
+    await connection.is_waited_for.wait()
+    sending.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await sending
+    assert connection.bodies == []

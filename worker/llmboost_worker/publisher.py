@@ -1,7 +1,7 @@
-"""Appends what the engine produces to the token streams: one pipeline per step, whatever the number of jobs.
+"""Appends what the engine produces to the token streams: one command per step, whatever the number of jobs.
 
 `publish` only queues and returns, so the event loop never waits for Redis while the engine steps on. What
-comes while a pipeline is under way goes into the next one. While Redis is away everything is kept, bounded by
+comes while a command is under way goes into the next one. While Redis is away everything is kept, bounded by
 the tokens that the running requests may still produce, and sent when it is back.
 """
 
@@ -12,11 +12,10 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
 
 from llmboost.entries import ChoiceDelta, Delta
-from llmboost.streams import StreamEnded, TokenStreams, Writer, append_to, is_passing, persist
+from llmboost.streams import StreamEnded, TokenStreams, Writer, is_passing, persist
 
 logger = logging.getLogger(__name__)
 
@@ -67,8 +66,7 @@ class Outbox:
 class Publisher:
     """The one writer of deltas in a worker."""
 
-    def __init__(self, redis: Redis, streams: TokenStreams) -> None:
-        self._redis = redis
+    def __init__(self, streams: TokenStreams) -> None:
         self._streams = streams
         self._ready: dict[int, Outbox] = {}
         self._work = asyncio.Event()
@@ -95,7 +93,7 @@ class Publisher:
             await persist(self._send)
 
     async def _send(self) -> None:
-        """One pipeline with the next entry of every outbox.
+        """One command with the next entry of every outbox.
 
         Raises:
             RedisError: an outcome is unknown; the same entries are sent again by the next call.
@@ -103,10 +101,9 @@ class Publisher:
         batch = [(outbox, *outbox.take()) for outbox in self._ready.values()]
         if not batch:
             return
-        pipe = self._redis.pipeline(transaction=False)
-        for outbox, entry_id, delta in batch:
-            append_to(pipe, outbox.writer.job_id, entry_id, delta)
-        replies = await pipe.execute(raise_on_error=False)
+        replies = await self._streams.append(
+            [(outbox.writer.job_id, entry_id, delta) for outbox, entry_id, delta in batch]
+        )
         again = False
         for (outbox, entry_id, _), reply in zip(batch, replies, strict=True):
             if outbox.in_flight is None or outbox.in_flight[0] != entry_id:

@@ -17,7 +17,7 @@ import uvloop
 from arq.worker import RetryJob, func
 from redis.exceptions import RedisError
 
-from llmboost import logs
+from llmboost import garbage, logs
 from llmboost.connection import connect
 from llmboost.jobs import FUNCTION, OpaqueJob
 from llmboost.queue import JobQueue
@@ -70,7 +70,7 @@ class WorkerProcess:
         self.streams = TokenStreams(self.redis, settings.retention)
         self.queue = JobQueue(self.redis, self.streams)
         self.registry = Registry(self.redis)
-        self.publisher = Publisher(self.redis, self.streams)
+        self.publisher = Publisher(self.streams)
         self._load = load or load_model
         self.engine: Engine | None = None
         self.generator: Generator | None = None
@@ -137,6 +137,7 @@ class WorkerProcess:
         ]
         for task in self._tasks:
             task.add_done_callback(self._on_task_end)
+        garbage.settle()
         logger.info(
             "serving %s with %s on %s in %s: %d sequences, context %d",
             ", ".join(self.names),

@@ -148,7 +148,7 @@ class Worker(Actor):
     def __init__(self, name: str, slots: int) -> None:
         super().__init__()
         self.engine = ScriptedEngine(VOCABULARY, max_num_seqs=slots)
-        self.publisher = NotingPublisher(self.redis, self.streams)
+        self.publisher = NotingPublisher(self.streams)
         self.generator = Generator(
             self.engine, self.engine.info, byte_level(), self.streams, self.publisher, name
         )
