@@ -4,6 +4,7 @@
 Throughput at several concurrencies, and time to first token of one request at a time.
 
     python -m benchmarks.system [--concurrency 16,32] [--prompt-tokens 64] [--tokens 64] [--rounds 3]
+                                [--stream-interval 1]
 """
 
 import statistics
@@ -31,13 +32,16 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="of an answer")
     parser.add_argument("--turns", type=int, default=3, help="requests for each that runs at a time")
+    parser.add_argument("--stream-interval", default="1", help="as `llmboost serve` takes it")
     options = parser.parse_args()
     rows = []
     for dtype in options.dtypes:
         model = smollm2()
         with (
             Child(in_process, env=WORKERS_ENV, model=model, dtype=dtype, threads=options.threads) as engine,
-            servers.llmboost(model, dtype, options.threads) as server,
+            servers.llmboost(
+                model, dtype, options.threads, "--stream-interval", options.stream_interval
+            ) as server,
         ):
             for concurrency in [1, *options.concurrency]:
                 rows.append({"dtype": dtype, **_compare(engine, server.url, concurrency, options)})

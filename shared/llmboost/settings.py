@@ -280,6 +280,11 @@ class WorkerSettings(CommonSettings):
         description="Keep what was computed for requests that begin alike, such as the next turn of a "
         "conversation, until its memory is needed.",
     )
+    stream_interval: PositiveInt = Field(
+        1,
+        description="Tokens of a stream that are sent together; 1: each as it comes. The first and the last "
+        "never wait. Where the engine needs every core, 2 to 4 leave it more of them.",
+    )
     vllm_options: JsonObject = Field(
         "{}",
         description="Further arguments of vLLM's engine, as a JSON object: "

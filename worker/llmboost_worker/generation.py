@@ -165,8 +165,7 @@ class Generator:
         error = await generation.done
         if generation.gives_way:
             await asyncio.sleep(0)  # what the engine is just handing over is not lost
-        while not generation.outbox.empty.is_set():  # of what gives way, more may come meanwhile
-            await generation.outbox.empty.wait()
+        await self._publisher.finish(generation.outbox)  # of what gives way, more may come meanwhile
         if generation.ended is not None:
             # What was not appended has been discarded: sealing now would end the stream without it.
             raise generation.ended

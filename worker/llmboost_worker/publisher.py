@@ -31,6 +31,8 @@ class Outbox:
     in_flight: tuple[str, Delta] | None = None
     """Entry id and content; kept unchanged until its outcome is known."""
     empty: asyncio.Event = field(default_factory=asyncio.Event)
+    hurries: bool = False
+    """Nothing of it is kept to make larger entries."""
     first_token_at: float | None = None
     """Monotonic time at which the attempt's first new token was known to be in the stream."""
     latest_token_at: float = 0.0
@@ -66,8 +68,11 @@ class Outbox:
 class Publisher:
     """The one writer of deltas in a worker."""
 
-    def __init__(self, streams: TokenStreams) -> None:
+    def __init__(self, streams: TokenStreams, interval: int = 1) -> None:
+        """`interval`: steps of a request that make an entry. One that has as many takes all others along, so
+        that they keep in step."""
         self._streams = streams
+        self._interval = interval
         self._ready: dict[int, Outbox] = {}
         self._work = asyncio.Event()
 
@@ -76,7 +81,21 @@ class Publisher:
         outbox.pending.append(Delta(choices, prompt_tokens))
         outbox.empty.clear()
         self._ready[id(outbox)] = outbox
-        self._work.set()
+        if self._is_due(outbox):
+            self._work.set()
+
+    async def finish(self, outbox: Outbox) -> None:
+        """Returns when all is sent: what there is, and what still comes meanwhile."""
+        outbox.hurries = True
+        while not outbox.empty.is_set():
+            self._work.set()
+            await outbox.empty.wait()
+
+    def _is_due(self, outbox: Outbox) -> bool:
+        """Nobody waits for a first token, or a last one, longer than needed."""
+        if outbox.hurries or outbox.first_token_at is None or len(outbox.pending) >= self._interval:
+            return True
+        return any(choice.finish_reason for choice in outbox.pending[-1].choices)
 
     def discard(self, outbox: Outbox) -> None:
         """Forgets what has not been sent: the attempt is over."""
@@ -122,7 +141,8 @@ class Publisher:
                     continue  # discarded while the newest entry was read
                 outbox.appended()
                 if outbox.pending:
-                    self._work.set()
+                    if self._is_due(outbox):
+                        self._work.set()
                 else:
                     outbox.empty.set()
                     del self._ready[id(outbox)]

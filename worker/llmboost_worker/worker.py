@@ -70,7 +70,7 @@ class WorkerProcess:
         self.streams = TokenStreams(self.redis, settings.retention)
         self.queue = JobQueue(self.redis, self.streams)
         self.registry = Registry(self.redis)
-        self.publisher = Publisher(self.streams)
+        self.publisher = Publisher(self.streams, settings.stream_interval)
         self._load = load or load_model
         self.engine: Engine | None = None
         self.generator: Generator | None = None
