@@ -11,8 +11,9 @@ from typing import Any, Protocol, cast
 from sse_starlette import EventSourceResponse
 
 from llmboost.entries import ChoiceDelta, Delta, Entry, StreamError, Terminal, TokenLogprob, Usage
+from llmboost.frames import frame_ids
 from llmboost.settings import ApiSettings
-from llmboost.streams import frame_ids, position
+from llmboost.streams import position
 from llmboost_api import errors
 from llmboost_api.answer import add_usage
 from llmboost_api.errors import ApiError
