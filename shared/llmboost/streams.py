@@ -16,6 +16,8 @@ One request has one Redis stream. This module owns its protocol; nothing else sp
   whatever its state; so a running stream can't expire, and none is left behind.
 - The first entry also says what follows from the seal (`FollowUp`), and the seal's script does it: whoever
   seals, and whatever dies then, it happens, once.
+- A server that was killed may come back without the end of its log. Positions show what is missing between
+  two deltas, and an attempt's seal says which entry it follows: if that is not the last, it is an error.
 """
 
 import asyncio
@@ -32,7 +34,18 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llmboost import keys
 from llmboost.audience import Audience
-from llmboost.entries import FIELD, Delta, Entry, Queued, ReadEntry, Started, Terminal, decode, encode
+from llmboost.entries import (
+    FIELD,
+    REQUEST_LOST,
+    Delta,
+    Entry,
+    Queued,
+    ReadEntry,
+    Started,
+    Terminal,
+    decode,
+    encode,
+)
 from llmboost.lua import ENQUEUE_ARQ, NOW, Script
 
 QUEUED_ID = "0-1"
@@ -139,6 +152,8 @@ class SealOutcome(enum.Enum):
     """Somebody else's is there."""
     FENCED = b"fenced"
     """A later attempt runs: not mine to seal."""
+    LOST = b"lost"
+    """An error was written in its place: what I had appended last is not there any more."""
     GONE = b"gone"
 
 
@@ -146,7 +161,7 @@ _SEAL = Script(
     NOW
     + ENQUEUE_ARQ
     + """
-local seal_id, payload, retention, attempt, id = unpack(ARGV)
+local seal_id, payload, retention, id, attempt, last, lost = unpack(ARGV)
 local function follow_up()
   local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1][2]
   local follow = {}
@@ -169,9 +184,10 @@ elseif top[1] == seal_id then
 elseif attempt ~= '' and tonumber(string.match(top[1], '^%d+')) > tonumber(attempt) then
   return 'fenced'
 else
+  outcome = 'written'
+  if last ~= '' and top[1] ~= last then outcome, payload = 'lost', lost end
   redis.call('XADD', KEYS[1], seal_id, 'e', payload, 'at', now)
   follow_up()
-  outcome = 'written'
 end
 redis.call('ZREM', KEYS[2], id)
 redis.call('ZREM', KEYS[3], id)
@@ -237,10 +253,15 @@ class Writer:
         """Id of the attempt's first entry."""
         return f"{self.attempt}-0"
 
+    @property
+    def last_id(self) -> str:
+        """Id of the attempt's latest entry."""
+        return f"{self.attempt}-{self.n}"
+
     def next_id(self) -> str:
         """Id of the attempt's next entry: taken once, and kept when the entry must be sent again."""
         self.n += 1
-        return f"{self.attempt}-{self.n}"
+        return self.last_id
 
 
 class TokenStreams(Audience):
@@ -301,14 +322,16 @@ class TokenStreams(Audience):
         raise StreamFenced(f"{writer.job_id}: attempt {attempt} has taken over from {writer.attempt}")
 
     async def seal(self, job_id: str, terminal: Terminal, writer: Writer | None = None) -> SealOutcome:
-        """Ends the stream; with a `writer`, only if no later attempt has begun."""
+        """Ends the stream; with a `writer`, only if no later attempt has begun, and as answered only if all
+        that it appended is still there: a server may have lost the end of its log."""
         attempt = "" if writer is None else str(writer.attempt)
-        payload = encode(terminal)
+        last = "" if writer is None or terminal.error is not None else writer.last_id
+        lost = encode(Terminal(terminal.by, error=REQUEST_LOST))
         reply = await persist(
             lambda: _SEAL(
                 self.redis,
                 [keys.stream(job_id), keys.OPEN, keys.AUDIENCE, keys.arq_job("")],
-                [SEAL_ID, payload, self.retention_ms, attempt, job_id],
+                [SEAL_ID, encode(terminal), self.retention_ms, job_id, attempt, last, lost],
             )
         )
         return SealOutcome(reply)
