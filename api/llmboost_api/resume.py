@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import Header, Query, Request
 from pydantic import WithJsonSchema
 
-from llmboost.streams import Cursor
+from llmboost.frames import Cursor
 from llmboost_api.errors import ApiError, quoted
 
 HEADER = "Last-Event-ID"

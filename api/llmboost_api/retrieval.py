@@ -4,9 +4,10 @@ from datetime import UTC, datetime
 
 from fastapi import Request, Response
 
+from llmboost.frames import Cursor
 from llmboost.jobs import made_at
 from llmboost.settings import ApiSettings
-from llmboost.streams import BEGINNING, SEAL_ID, Cursor
+from llmboost.streams import BEGINNING, SEAL_ID
 from llmboost_api.errors import ApiError, quoted
 from llmboost_api.middleware import rename_request
 from llmboost_api.patience import answered

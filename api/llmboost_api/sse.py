@@ -12,8 +12,9 @@ from sse_starlette import EventSourceResponse
 from starlette.types import Message, Send
 
 from llmboost.entries import ChoiceDelta, Delta, Entry, StreamError, Terminal, TokenLogprob, Usage
+from llmboost.frames import frame_ids
 from llmboost.settings import ApiSettings
-from llmboost.streams import frame_ids, position
+from llmboost.streams import position
 from llmboost_api import errors
 from llmboost_api.answer import add_usage
 from llmboost_api.errors import ApiError

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from functools import partial
 
 from llmboost.audience import NOBODY_READS
-from llmboost.entries import NO_FOLLOW_UP, FollowUp
+from llmboost.entries import NO_FOLLOW_UP, REQUEST_LOST, FollowUp
 from llmboost.jobs import GenerationJob, JobClass, Prompt, made_at, now
-from llmboost.queue import ORPHAN_ERROR, SubmittedBefore
+from llmboost.queue import SubmittedBefore
 from llmboost.registry import ModelCard
 from llmboost.streams import BEGINNING
 from llmboost_api.errors import unavailable
@@ -21,7 +21,7 @@ from llmboost_api.protocol.form import Endpoint, Form, decode_form
 from llmboost_api.protocol.sampling import GenerationRequest
 from llmboost_api.stored import StoredAnswer
 
-_NO_ANSWER = {error.code for error in (NOBODY_READS, ORPHAN_ERROR, NOT_ACCEPTED)}
+_NO_ANSWER = {error.code for error in (NOBODY_READS, REQUEST_LOST, NOT_ACCEPTED)}
 """In which requests end that nobody waited for, or that were lost. Who sends one again is to be answered."""
 
 

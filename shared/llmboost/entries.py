@@ -25,6 +25,12 @@ class StreamError(msgspec.Struct, frozen=True, array_like=True):
     """HTTP status, if no byte of the response has been sent."""
 
 
+REQUEST_LOST = StreamError(
+    "The request was lost before it was answered. Send it again.", code="request_lost", status=500
+)
+"""With the server of Redis: the whole of it, or a part of its log."""
+
+
 class Usage(msgspec.Struct, frozen=True, array_like=True):
     """Tokens of one request, all choices together."""
 

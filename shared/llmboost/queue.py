@@ -18,7 +18,7 @@ from arq.connections import ArqRedis
 
 from llmboost import entries, keys, streams
 from llmboost.connection import serialize
-from llmboost.entries import NO_FOLLOW_UP, FollowUp, Once, StreamError, Terminal
+from llmboost.entries import NO_FOLLOW_UP, REQUEST_LOST, FollowUp, Once, StreamError, Terminal
 from llmboost.jobs import FUNCTION, GenerationJob, JobClass, OpaqueJob, encode
 from llmboost.leases import PUSH, LeasedJobs
 from llmboost.lua import NOW, Script
@@ -211,7 +211,7 @@ class JobQueue(LeasedJobs):
         for job_id in late:
             await self.cancel(job_id, Terminal(by, error=DEADLINE_ERROR))
         for job_id in orphans:
-            await self.streams.seal(job_id, Terminal(by, error=ORPHAN_ERROR))
+            await self.streams.seal(job_id, Terminal(by, error=REQUEST_LOST))
         return len(late) + len(orphans)
 
     async def _stranded(self, count: int) -> tuple[list[str], list[str]]:
@@ -232,7 +232,4 @@ DEADLINE_ERROR = StreamError(
     type="timeout_error",
     code="request_timeout",
     status=504,
-)
-ORPHAN_ERROR = StreamError(
-    "The request was lost before it was answered. Send it again.", code="request_lost", status=500
 )

@@ -16,12 +16,13 @@ One request has one Redis stream. This module owns its protocol; nothing else sp
   whatever its state; so a running stream can't expire, and none is left behind.
 - The first entry also says what follows from the seal (`FollowUp`), and the seal's script does it: whoever
   seals, and whatever dies then, it happens, once.
+- A server that was killed may come back without the end of its log. Positions show what is missing between
+  two deltas, and an attempt's seal says which entry it follows: if that is not the last, it is an error.
 """
 
 import asyncio
 import enum
 import random
-import re
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
@@ -33,7 +34,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llmboost import keys
 from llmboost.audience import Audience
-from llmboost.entries import Delta, Entry, Queued, ReadEntry, Started, Terminal, decode, encode
+from llmboost.entries import REQUEST_LOST, Delta, Entry, Queued, ReadEntry, Started, Terminal, decode, encode
 from llmboost.lua import ENQUEUE_ARQ, NOW, Script
 
 QUEUED_ID = "0-1"
@@ -42,33 +43,6 @@ SEAL_ID = f"{SEAL_ATTEMPT}-0"
 """2^53-1 is the largest integer that Lua and JavaScript hold exactly."""
 BEGINNING = "0-0"
 """Below the id of every entry."""
-
-
-_NUMBER = "(?:0|[1-9][0-9]{0,15})"
-_FRAME_ID = re.compile(f"({_NUMBER}-{_NUMBER})(?:[.]([1-9][0-9]{{0,5}}))?")
-
-
-@dataclass(frozen=True, slots=True)
-class Cursor:
-    """How much of a stream a client has had: all up to an entry, or up to a few frames into it."""
-
-    entry_id: str
-    frames: int | None = None
-    """So many of the frames that the entry makes; None: all."""
-
-    @classmethod
-    def parse(cls, frame_id: str) -> "Cursor | None":
-        """The cursor after a frame; None if that is not the id of one."""
-        match = _FRAME_ID.fullmatch(frame_id)
-        return match and cls(match[1], int(match[2]) if match[2] else None)
-
-
-def frame_ids(entry_id: str, count: int) -> list[str]:
-    """Ids of the frames that one entry makes for a client, who can go on after any of them.
-
-    The last has the entry's own, `2-7`; those before it say how many have been had: `2-7.1`, `2-7.2`.
-    """
-    return [*(f"{entry_id}.{had}" for had in range(1, count)), entry_id]
 
 
 def position(entry_id: str | bytes) -> tuple[int, int]:
@@ -167,6 +141,8 @@ class SealOutcome(enum.Enum):
     """Somebody else's is there."""
     FENCED = b"fenced"
     """A later attempt runs: not mine to seal."""
+    LOST = b"lost"
+    """An error was written in its place: what I had appended last is not there any more."""
     GONE = b"gone"
 
 
@@ -174,7 +150,7 @@ _SEAL = Script(
     NOW
     + ENQUEUE_ARQ
     + """
-local seal_id, payload, retention, attempt, id = unpack(ARGV)
+local seal_id, payload, retention, id, attempt, last, lost = unpack(ARGV)
 local function follow_up()
   local first = redis.call('XRANGE', KEYS[1], '-', '+', 'COUNT', 1)[1][2]
   local follow = {}
@@ -197,9 +173,10 @@ elseif top[1] == seal_id then
 elseif attempt ~= '' and tonumber(string.match(top[1], '^%d+')) > tonumber(attempt) then
   return 'fenced'
 else
+  outcome = 'written'
+  if last ~= '' and top[1] ~= last then outcome, payload = 'lost', lost end
   redis.call('XADD', KEYS[1], seal_id, 'e', payload, 'at', now)
   follow_up()
-  outcome = 'written'
 end
 redis.call('ZREM', KEYS[2], id)
 redis.call('ZREM', KEYS[3], id)
@@ -278,10 +255,15 @@ class Writer:
         """Id of the attempt's first entry."""
         return f"{self.attempt}-0"
 
+    @property
+    def last_id(self) -> str:
+        """Id of the attempt's latest entry."""
+        return f"{self.attempt}-{self.n}"
+
     def next_id(self) -> str:
         """Id of the attempt's next entry: taken once, and kept when the entry must be sent again."""
         self.n += 1
-        return f"{self.attempt}-{self.n}"
+        return self.last_id
 
 
 class TokenStreams(Audience):
@@ -348,14 +330,16 @@ class TokenStreams(Audience):
         raise StreamFenced(f"{writer.job_id}: attempt {attempt} has taken over from {writer.attempt}")
 
     async def seal(self, job_id: str, terminal: Terminal, writer: Writer | None = None) -> SealOutcome:
-        """Ends the stream; with a `writer`, only if no later attempt has begun."""
+        """Ends the stream; with a `writer`, only if no later attempt has begun, and as answered only if all
+        that it appended is still there: a server may have lost the end of its log."""
         attempt = "" if writer is None else str(writer.attempt)
-        payload = encode(terminal)
+        last = "" if writer is None or terminal.error is not None else writer.last_id
+        lost = encode(Terminal(terminal.by, error=REQUEST_LOST))
         reply = await persist(
             lambda: _SEAL(
                 self.redis,
                 [keys.stream(job_id), keys.OPEN, keys.AUDIENCE, keys.arq_job("")],
-                [SEAL_ID, payload, self.retention_ms, attempt, job_id],
+                [SEAL_ID, encode(terminal), self.retention_ms, job_id, attempt, last, lost],
             )
         )
         return SealOutcome(reply)

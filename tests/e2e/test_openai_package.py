@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from llmboost.streams import Cursor, position
+from llmboost.frames import Cursor
+from llmboost.streams import position
 from tests.e2e.asking import (
     Heard,
     ask,

@@ -2,7 +2,9 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 import httpx
 from redis.asyncio import Redis
@@ -35,14 +37,16 @@ class Load:
         fleet: Fleet,
         oracle: Oracle,
         *,
+        ask: Callable[[int], dict[str, Any]] = request,
         streams: int = STREAMS,
         exact: bool = True,
         official: bool = False,
     ) -> None:
-        """`exact`: none may end in an error. `official`: some clients are OpenAI's own."""
+        """`ask`: the request of a number. `exact`: none may end in an error. `official`: some clients are
+        OpenAI's own."""
         self._exact = exact
         self._official = official
-        self.bodies = [request(number) for number in range(streams)]
+        self.bodies = [ask(number) for number in range(streams)]
         self.readers: list[Reader] = []
         self.fleet = fleet
         self._oracle = oracle

@@ -6,6 +6,7 @@ Nothing of it is in the product.
 """
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -361,16 +362,17 @@ def _each_telling_an_event() -> list[Any]:
 def _running_state() -> list[Any]:
     """Random numbers go by how many tokens this process has drawn for the sequence."""
 
-    def change(key: Any) -> Any:
-        drawn: dict[int, int] = {}
+    def change(keys: Any) -> Any:
+        drawn: Counter[int] = Counter()
 
-        def running(state: int, position: int) -> int:
-            drawn[state] = drawn.get(state, -1) + 1
-            return int(key(state, drawn[state]))
+        def running(states: Any, positions: Any) -> Any:
+            counts = positions.new_tensor([drawn[state] for state in states.tolist()])
+            drawn.update(states.tolist())
+            return keys(states, counts)
 
         return running
 
-    return [_attribute("llmboost_worker.engine.transformers.sampling.randomness", "key", change)]
+    return [_attribute("llmboost_worker.engine.transformers.sampling.randomness", "keys", change)]
 
 
 def pytest_configure() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 import httpx
 from openai import APIError, AsyncOpenAI, DefaultAsyncHttpxClient
 
-from llmboost.streams import Cursor, position
+from llmboost.frames import Cursor
+from llmboost.streams import position
 from tests.e2e.asking import create, path_of
 
 RETRY_S = 0.05

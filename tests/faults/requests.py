@@ -22,6 +22,27 @@ def request(number: int, tokens: int = 90) -> dict[str, Any]:
     return {**body, **_sampling(number), **_extras(number, body)}
 
 
+REPORT = {
+    "type": "object",
+    "properties": {
+        "title": {"type": "string", "minLength": 40, "maxLength": 80},
+        "animals": {"type": "array", "items": {"enum": ["fox", "bird"]}, "minItems": 1, "maxItems": 2},
+    },
+    "required": ["title", "animals"],
+    "additionalProperties": False,
+}
+
+
+def report(number: int) -> dict[str, Any]:
+    """One for JSON that fits `REPORT`: some hundred tokens, for the demo model is fond of whitespace. Greedy
+    and seeded ones go by pairs: even numbers ask one pod, odd ones the other."""
+    return {
+        **chat(f"Tell me about {THINGS[number % len(THINGS)]} and the number {number}.", max_tokens=800),
+        "response_format": {"type": "json_schema", "json_schema": {"name": "report", "schema": REPORT}},
+        **({"temperature": 0} if number % 4 < 2 else {"temperature": 1.0, "seed": number}),
+    }
+
+
 def _sampling(number: int) -> dict[str, Any]:
     if number % 2 == 0:
         return {"temperature": 0}

@@ -10,6 +10,8 @@ from tests.faults.batches import Row, RunningBatch, compare
 from tests.faults.fleet import Fleet
 
 LINES = 2000
+FORGOTTEN = 200_000
+"""Bytes of Redis's file: what some hundred lines write, or a busy server in its last second."""
 OUTAGE_S = 6.0
 """Longer than a runner's lease, and a worker's."""
 
@@ -58,10 +60,11 @@ async def test_everyone_dies(fleet: Fleet, known: dict[int, Row]) -> None:
     assert await compare(await batch.rows(), known) <= LINES // 100
 
 
-@pytest.mark.parametrize("how", ["killed", "frozen", "losing replies"])
+@pytest.mark.parametrize("how", ["killed", "losing its latest", "frozen", "losing replies"])
 async def test_redis_fails(fleet: Fleet, known: dict[int, Row], how: str) -> None:
-    """Redis is killed and started again on its file, or stopped for longer than any lease, or connections to
-    it are reset in the middle of replies: the batch goes on, with the same result."""
+    """Redis is killed and started again on its file, or on what is left of it without its latest writes, or
+    stopped for longer than any lease, or connections to it are reset in the middle of replies: the batch goes
+    on, with the same result."""
     lines = LINES // 4
     await learn(fleet, known, lines)
     batch = RunningBatch(fleet, lines)
@@ -70,8 +73,8 @@ async def test_redis_fails(fleet: Fleet, known: dict[int, Row], how: str) -> Non
         fleet.network.lose_replies(0.01, seed=1)
     else:
         await batch.reached(lines // 4)
-        if how == "killed":
-            fleet.redis_server.kill()
+        if how != "frozen":
+            fleet.redis_server.kill(forget=0 if how == "killed" else FORGOTTEN)
             fleet.redis_server.start()
         else:
             fleet.redis_server.freeze()

@@ -1,21 +1,24 @@
 """Workers die, freeze and are replaced, and nobody who reads sees more than a pause."""
 
 import asyncio
+import json
 import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import cycle
 from random import Random
 
+import jsonschema
 import pytest
 
 from tests.faults.fleet import Fleet, exit_of
 from tests.faults.load import STREAMS, Load
 from tests.faults.oracle import Oracle
-from tests.faults.requests import request
+from tests.faults.requests import REPORT, report, request
 from tests.faults.ties import judge
 
 LEASE_S = 2.0
+REPORTS = 24
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +33,10 @@ async def test_the_oracle(fleet: Fleet, oracle: Oracle) -> None:
     """Without faults every token is what a plain forward draws, up to a tie in thousands of them; and an
     answer with one token that it would not draw is found out, though nothing is missing from it."""
     await oracle.learn(fleet, [request(number) for number in range(STREAMS)])
-    answers = oracle.answers()[:24]
-    wrong = [replace(answer, token_ids=list(answer.token_ids)) for answer in answers[:10]]
+    plain = oracle.answers()[:24]
+    await oracle.learn(fleet, [report(number) for number in range(REPORTS)])
+    answers = oracle.answers()[-4:] + plain
+    wrong = [replace(answer, token_ids=list(answer.token_ids)) for answer in answers[:14]]
     for number, answer in enumerate(wrong):
         answer.token_ids[number] += 1
     verdicts = await judge(answers + wrong)
@@ -55,6 +60,25 @@ async def test_a_killed_worker(fleet: Fleet, oracle: Oracle) -> None:
             assert pause < 2 * LEASE_S + crowding.look()
             fleet.mend()
         assert all(reader.posts == 1 and reader.resumed == 0 for reader in load.readers)
+
+
+async def test_a_worker_killed_in_json(fleet: Fleet, oracle: Oracle) -> None:
+    """A worker is killed while it writes JSON by a schema: its heir stands where it stood in the grammar, so
+    that each answer is what it is when nobody dies, and fits the schema."""
+    async with Load(fleet, oracle, ask=report, streams=REPORTS, official=True) as load:
+        await load.begun(streams=REPORTS // 2)
+        for each in fleet.worker_names:  # or all might have ended when it is known who has most of them
+            fleet.freeze(each)
+        name, orphans = await load.busiest()
+        fleet.kill(name)
+        for each in fleet.worker_names:
+            fleet.thaw(each)
+        await load.moved_on(orphans)
+        assert [reader for reader in orphans if len(await load.workers(reader)) > 1]
+    for reader in load.readers:
+        jsonschema.validate(json.loads(reader.choices[0].text), REPORT)
+        assert reader.posts == 1
+        assert reader.resumed == 0
 
 
 async def test_a_frozen_worker(fleet: Fleet, oracle: Oracle) -> None:

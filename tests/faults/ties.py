@@ -70,6 +70,7 @@ class Judge:
         import torch
         from transformers import AutoModelForCausalLM
 
+        from llmboost_worker.engine.grammar import Grammars
         from llmboost_worker.engine.interface import EngineInfo
         from llmboost_worker.models import DEMO_FOLDER
         from llmboost_worker.text import Tokenizer
@@ -88,6 +89,7 @@ class Judge:
             dtype="",
             device="",
         )
+        self.grammars = Grammars(self.tokenizer.token_bytes, config.vocab_size, self.info.eos_token_ids)
 
     def verdict(self, answer: Answer) -> Verdict:
         import torch
@@ -103,10 +105,12 @@ class Judge:
         request: Any = (ChatRequest if is_chat else CompletionRequest).model_validate(body)
         sampling = request.sampling_params("")
         prompt = encode_prompt(self.tokenizer, request.prompts()[0])
+        grammar = sampling.grammar and self.grammars.compile(sampling.grammar).result()
         ids = answer.token_ids
 
         def after(tokens: int) -> Sequence:
-            asked = SequenceRequest("", prompt, sampling, answer.choice, ids[:tokens], sampling.max_tokens)
+            output, most = ids[:tokens], sampling.max_tokens
+            asked = SequenceRequest("", prompt, sampling, answer.choice, output, most, grammar=grammar)
             return Sequence(asked, self.info, 0)
 
         verdict = Verdict()

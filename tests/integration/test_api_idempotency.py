@@ -11,8 +11,8 @@ from openai import APIStatusError
 
 from llmboost import keys
 from llmboost.audience import NOBODY_READS
-from llmboost.entries import StreamError, Terminal
-from llmboost.queue import ORPHAN_ERROR, JobQueue
+from llmboost.entries import REQUEST_LOST, StreamError, Terminal
+from llmboost.queue import JobQueue
 from llmboost_api import generation
 from tests.waiting import wait_until
 
@@ -237,7 +237,7 @@ async def test_a_retry_that_fails_takes_nothing_back(
     assert len((await first).json()["choices"]) == 2
 
 
-UNANSWERED = [NOBODY_READS, ORPHAN_ERROR, generation.NOT_ACCEPTED]
+UNANSWERED = [NOBODY_READS, REQUEST_LOST, generation.NOT_ACCEPTED]
 
 
 @pytest.mark.parametrize("why", UNANSWERED, ids=lambda why: str(why.code))

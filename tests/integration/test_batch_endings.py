@@ -12,7 +12,7 @@ from llmboost import keys
 from llmboost.jobs import GenerationJob
 from tests.waiting import wait_until
 
-from .api_pod import ROOT, RunningPod, ScriptedWorker, Step, chat, says, serving, settings_for, story
+from .api_pod import ROOT, WORDS, RunningPod, ScriptedWorker, Step, chat, ends, says, serving, settings_for
 from .batch_inputs import begin, ended, lines, outcome
 
 
@@ -23,10 +23,12 @@ class Held:
     gate: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __call__(self, job: GenerationJob) -> Iterator[Step]:
+        begun = 0
         if job.sampling.max_tokens == 2:
-            yield from says(["a", "b"], reason=None)
+            begun = 2
+            yield from says(WORDS[:begun], reason=None)
             yield self.gate.wait()
-        yield from story(job)
+        yield from [*says(WORDS)[begun:], ends()]
 
 
 @pytest.fixture

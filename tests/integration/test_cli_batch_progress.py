@@ -16,7 +16,7 @@ def some(completed: int, failed: int = 0, status: str = "in_progress") -> Batch:
 def test_a_terminal_gets_a_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=120, color_system=None)
-    monkeypatch.setattr(progress, "Console", lambda stderr: console)
+    monkeypatch.setattr("llmboost.cli.progress.Console", lambda stderr: console)
     with progress.progress() as shown:
         for step in (some(0), some(60, 4)):
             shown.show(step)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from arq.connections import ArqRedis
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from llmboost import keys
 from llmboost.entries import StreamError, Terminal
@@ -47,12 +47,7 @@ NAN, RAISES = 300, 301
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = LlamaConfig(**{**COMMON, "vocab_size": 420, "eos_token_id": None})
-    path = save_model(config, tmp_path_factory.mktemp("model"))
-    model = AutoModelForCausalLM.from_pretrained(path)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[NAN] = torch.nan
-    model.save_pretrained(path)
-    return path
+    return save_model(config, tmp_path_factory.mktemp("model"), poison=NAN)
 
 
 @pytest.fixture

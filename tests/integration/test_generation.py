@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from arq.connections import ArqRedis
 
-from llmboost.entries import ChoiceDelta, Delta, Terminal
+from llmboost.entries import REQUEST_LOST, ChoiceDelta, Delta, Terminal
 from llmboost.queue import JobQueue
 from llmboost.streams import StreamFenced, TokenStreams, Transcript, Writer
 from llmboost_worker.engine.interface import SequenceOutput, SequenceRequest
@@ -45,6 +45,24 @@ async def test_tokens_that_a_lost_lease_discards_are_left_to_the_next_attempt(
     assert log.terminal is None
     assert log.choices == {}
     await queue.cancel(job.id, Terminal("test"))
+
+
+async def test_what_has_lost_a_part_of_its_log_is_not_gone_on_with(
+    redis: ArqRedis, queue: JobQueue, streams: TokenStreams
+) -> None:
+    """It ends in the error that says so, and is no failure of the worker's."""
+    engine = ScriptedEngine([70])
+    publisher = Publisher(streams)
+    generator = Generator(engine, engine.info, byte_level(), streams, publisher, "worker")
+    job = make_job(max_tokens=3, needs_audience=False)
+    await queue.submit(job)
+    await streams.begin(Writer(job.id, 1), "another worker")
+    await streams.append([(job.id, "1-2", Delta([ChoiceDelta(0, 1, [70], "a")]))])
+    await generator.run(job, 2)
+    [terminal] = await streams.terminals([job.id])
+    assert terminal is not None
+    assert terminal.error == REQUEST_LOST
+    await queue.discard(job.id)
 
 
 async def test_the_last_step_of_what_gives_way_is_appended_before_its_seal(

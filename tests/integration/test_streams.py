@@ -1,5 +1,7 @@
 """The token stream's protocol against a real server."""
 
+from unittest.mock import ANY
+
 import pytest
 from arq.connections import ArqRedis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -7,6 +9,7 @@ from redis.exceptions import ResponseError
 
 from llmboost import keys
 from llmboost.entries import (
+    REQUEST_LOST,
     ArqJob,
     ChoiceDelta,
     Delta,
@@ -16,6 +19,7 @@ from llmboost.entries import (
     Queued,
     StreamError,
     Terminal,
+    Usage,
 )
 from llmboost.jobs import now
 from llmboost.queue import JobQueue
@@ -216,6 +220,19 @@ async def test_a_log_with_a_missing_entry_is_refused(
     await redis.xdel(keys.stream(job_id), lost)
     with pytest.raises(StreamGap, match="continues at token 1"):
         await streams.begin(Writer(job_id, 2), "w")
+
+
+async def test_an_answer_whose_end_was_lost_does_not_end_well(
+    redis: ArqRedis, streams: TokenStreams, job_id: str
+) -> None:
+    """Its writer has no more to append than the seal, and can't know that the server came back without what
+    was before it."""
+    writer = Writer(job_id, 1)
+    await streams.begin(writer, "w")
+    await append(streams, writer, delta(0, 10))
+    await redis.xdel(keys.stream(job_id), await append(streams, writer, delta(1, 11)))
+    assert await streams.seal(job_id, Terminal("w/1", Usage(1, 2)), writer) is SealOutcome.LOST
+    assert await streams.terminals([job_id]) == [Terminal("w/1", error=REQUEST_LOST, at=ANY)]
 
 
 async def test_a_promise_of_an_audience_lapses_unless_renewed(streams: TokenStreams, job_id: str) -> None:

@@ -28,11 +28,23 @@ torch.set_num_threads(1)  # the models are too small to gain from more, and the 
 
 TIMEOUT = 60.0
 
+POISON = VOCAB - 1
+"""A token that no `prompt` has."""
 
-def save_model(config: PreTrainedConfig, folder: Path, seed: int = 0, spread: float = 0.0) -> Path:
+PER_TOKEN = 3 * 2 * (16 + 16) * 4
+"""Bytes of keys and values of `CONFIGS["llama"]` and its like: layers, heads, dimensions, float32."""
+
+LONG = {"max_tokens": 400, "ignore_eos": True}
+"""Until it is taken out."""
+
+
+def save_model(
+    config: PreTrainedConfig, folder: Path, seed: int = 0, spread: float = 0.0, poison: int | None = None
+) -> Path:
     """A random model of that configuration; the same each time.
 
     Biases, norms and sinks are born as zeros and ones; `spread` is the deviation of noise added to them.
+    `poison`: a token whose embedding is NaN.
     """
     torch.manual_seed(seed)
     text = type(config) in AutoModelForCausalLM._model_mapping
@@ -41,6 +53,8 @@ def save_model(config: PreTrainedConfig, folder: Path, seed: int = 0, spread: fl
         for vector in model.parameters():
             if vector.ndim < 2 and spread:
                 vector += spread * torch.randn_like(vector)
+        if poison is not None:
+            model.get_input_embeddings().weight[poison] = torch.nan
     model.save_pretrained(folder)
     return folder
 

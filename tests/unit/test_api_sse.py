@@ -9,8 +9,9 @@ import pytest
 from sse_starlette.sse import SendTimeoutError
 
 from llmboost.entries import ChoiceDelta, Delta, Entry, Started, StreamError, Terminal, Usage
+from llmboost.frames import Cursor
 from llmboost.settings import ApiSettings
-from llmboost.streams import SEAL_ID, Cursor
+from llmboost.streams import SEAL_ID
 from llmboost_api.errors import ApiError
 from llmboost_api.protocol.form import Form
 from llmboost_api.resume import ResumePoint

@@ -8,31 +8,29 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from llmboost_worker.engine.interface import EngineError, SequenceRequest
 from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
 from llmboost_worker.engine.transformers.pace import UNBOUNDED, Pace
 from llmboost_worker.engine.transformers.runner import ModelRunner
-from tests.unit.engine_models import CONFIGS, TIMEOUT, VOCAB, Driver, driving, prompt, request, save_model
-
-POISON = 299
-"""A token whose embedding is NaN in the `folder` fixture's model."""
-
-PER_TOKEN = 3 * 2 * (16 + 16) * 4
-"""Bytes of keys and values: layers, heads, dimensions, float32."""
-
-LONG = {"max_tokens": 400, "ignore_eos": True}
+from tests.unit.engine_models import (
+    CONFIGS,
+    LONG,
+    PER_TOKEN,
+    POISON,
+    TIMEOUT,
+    VOCAB,
+    Driver,
+    driving,
+    prompt,
+    request,
+    save_model,
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = save_model(CONFIGS["llama"], tmp_path_factory.mktemp("llama"))
-    model = AutoModelForCausalLM.from_pretrained(path)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[POISON] = torch.nan
-    model.save_pretrained(path)
-    return path
+    return save_model(CONFIGS["llama"], tmp_path_factory.mktemp("llama"), poison=POISON)
 
 
 @pytest.fixture

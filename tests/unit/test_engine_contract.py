@@ -10,9 +10,8 @@ from transformers import AutoModelForCausalLM
 
 from llmboost_worker.engine.interface import SequenceRequest
 from tests.unit.engine_kinds import CONFIG, ENGINES, OPTIONS, driving_kind
-from tests.unit.engine_models import EOS, PAD, VOCAB, Driver, prompt, request, save_model
+from tests.unit.engine_models import EOS, LONG, PAD, VOCAB, Driver, prompt, request, save_model
 
-LONG = {"max_tokens": 400, "ignore_eos": True}
 PROMPT = prompt(20)
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
 from tests.unit.engine_models import (
     CONFIGS,
+    PER_TOKEN,
+    POISON,
     Collected,
     Driver,
     driving,
@@ -18,21 +18,12 @@ from tests.unit.engine_models import (
     save_model,
 )
 
-POISON = 299
-"""A token whose embedding is NaN in the `folder` fixture's models."""
-PER_TOKEN = 3 * 2 * (16 + 16) * 4
-"""Bytes of keys and values: layers, heads, dimensions, float32."""
 SAMPLINGS: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 5, "top_p": 0.9}]
 
 
 @pytest.fixture(scope="module", params=["llama", "mistral"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = save_model(CONFIGS[request.param], tmp_path_factory.mktemp(request.param))
-    model = AutoModelForCausalLM.from_pretrained(path)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[POISON] = torch.nan
-    model.save_pretrained(path)
-    return path
+    return save_model(CONFIGS[request.param], tmp_path_factory.mktemp(request.param), poison=POISON)
 
 
 @pytest.fixture

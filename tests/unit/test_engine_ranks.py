@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from llmboost_worker.engine.interface import EngineError
 from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine, failures
@@ -18,20 +17,12 @@ from llmboost_worker.engine.transformers.cache import KeyValueCache, LayerShape
 from llmboost_worker.engine.transformers.loading import architecture
 from llmboost_worker.engine.transformers.ranks import Leader, Message, Place, RankLost, compute_with
 from tests.unit.engine_configs import CONFIGS, FAMILIES
-from tests.unit.engine_models import driving, prompt, request, save_model
-
-POISON = 299
-"""A token whose embedding is NaN."""
+from tests.unit.engine_models import POISON, driving, prompt, request, save_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = save_model(CONFIGS["qwen3"], tmp_path_factory.mktemp("qwen3"), spread=0.1)
-    model = AutoModelForCausalLM.from_pretrained(path)
-    with torch.no_grad():
-        model.get_input_embeddings().weight[POISON] = torch.nan
-    model.save_pretrained(path)
-    return path
+    return save_model(CONFIGS["qwen3"], tmp_path_factory.mktemp("qwen3"), spread=0.1, poison=POISON)
 
 
 def exists(pid: int) -> bool:

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmboost.frames import Cursor, frame_ids
 from llmboost.jobs import made_at, new_id
-from llmboost.streams import SEAL_ID, Cursor, frame_ids
+from llmboost.streams import SEAL_ID
 
 
 def test_an_id_says_when_it_was_made() -> None:

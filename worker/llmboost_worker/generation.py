@@ -17,9 +17,9 @@ from typing import Any
 
 from msgspec import structs
 
-from llmboost.entries import ChoiceDelta, StreamError, Terminal, Usage
+from llmboost.entries import REQUEST_LOST, ChoiceDelta, StreamError, Terminal, Usage
 from llmboost.jobs import GenerationJob
-from llmboost.streams import SealOutcome, StreamEnded, TokenStreams, Transcript, Writer
+from llmboost.streams import SealOutcome, StreamEnded, StreamGap, TokenStreams, Transcript, Writer
 from llmboost_worker.checks import Refused, check_bias, compiled, encoded, most_tokens
 from llmboost_worker.engine.interface import Engine, EngineInfo, SequenceOutput, SequenceRequest, StepOutput
 from llmboost_worker.logprobs import of_tokens
@@ -140,6 +140,9 @@ class Generator:
         except GaveWay:
             logger.info("%s gives way, to be continued later", job.id)
             raise
+        except StreamGap as gap:
+            logger.error("request lost with the server of Redis: request_id=%s %s", job.id, gap)
+            await self._seal(writer, REQUEST_LOST, None)
         except Exception as error:
             logger.exception("request failed: request_id=%s", job.id)
             await self._seal(writer, _worker_error(error), None)

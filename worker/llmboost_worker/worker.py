@@ -1,7 +1,6 @@
 """The worker process: loads a model, then claims and runs its jobs until it is told to go."""
 
 import asyncio
-import json
 import logging
 import os
 import secrets
@@ -11,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import uvloop
 from arq.worker import RetryJob, func
@@ -29,12 +28,9 @@ from llmboost_worker.audience import AudienceWatch
 from llmboost_worker.engine.interface import Engine, EngineError, EngineInfo, StepOutput
 from llmboost_worker.generation import GaveWay, Generator
 from llmboost_worker.leased import LeasedWorker, current_claim
-from llmboost_worker.models import locate
+from llmboost_worker.models import follow, load_model
 from llmboost_worker.publisher import Publisher
 from llmboost_worker.text import Tokenizer, TokenizerError
-
-if TYPE_CHECKING:
-    from llmboost_worker.engine.transformers import EngineConfig
 
 logger = logging.getLogger(__name__)
 
@@ -256,87 +252,6 @@ class WorkerProcess:
         await self.registry.announce(card, self.cards, self.settings.lease)
 
 
-def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
-    """The engine that the settings name, not yet started, and the model's tokenizer."""
-    model = locate(settings.model)
-    tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
-    if settings.engine == "vllm":
-        return _vllm_engine(settings, model, tokenizer), tokenizer
-    return _transformers_engine(settings, model, tokenizer), tokenizer
-
-
-def _transformers_engine(settings: WorkerSettings, model: str, tokenizer: Tokenizer) -> Engine:
-    from llmboost_worker.engine.transformers import TransformersEngine
-
-    if settings.pp > 1:
-        raise EngineError(
-            f"--pp is {settings.pp}, but the {settings.engine} engine has a part of every layer on each "
-            "device: use --pp 1, and --tp for more devices"
-        )
-    return TransformersEngine(_transformers_config(settings, model), tokenizer.token_bytes)
-
-
-def _transformers_config(settings: WorkerSettings, model: str) -> "EngineConfig":
-    from llmboost_worker.engine.transformers import EngineConfig
-
-    try:
-        return EngineConfig(
-            **_of_every_engine(settings, model),
-            attention_backend=settings.attention_backend,
-            enable_cuda_graphs=settings.enable_cuda_graphs,
-            tp=settings.tp,
-        )
-    except ValueError as error:  # settings that don't go together
-        raise EngineError(str(error)) from error
-
-
-def _of_every_engine(settings: WorkerSettings, model: str) -> dict[str, Any]:
-    """The fields that the engines' configurations have in common."""
-    return {
-        "model": model,
-        "revision": settings.revision,
-        "trust_remote_code": settings.trust_remote_code,
-        "dtype": settings.dtype,
-        "quantization": settings.quantization,
-        "device": settings.device,
-        "max_model_len": settings.max_model_len,
-        "kv_cache_memory": settings.kv_cache_memory,
-        # Every sequence has a token in every step.
-        "max_num_seqs": min(settings.max_num_seqs, settings.max_num_batched_tokens),
-        "max_num_batched_tokens": settings.max_num_batched_tokens,
-        "enable_chunked_prefill": settings.enable_chunked_prefill,
-        "enable_prefix_caching": settings.enable_prefix_caching,
-        "threads": settings.threads or None,
-    }
-
-
-def _follow(settings: WorkerSettings) -> int:
-    """A process that torchrun started beside the one that serves: computes with it, and returns an exit
-    status."""
-    from llmboost_worker.engine.transformers.followers import follow
-    from llmboost_worker.engine.transformers.ranks import Place
-
-    place = Place.given()
-    assert place is not None
-    return follow(_transformers_config(settings, locate(settings.model)), place)
-
-
-def _vllm_engine(settings: WorkerSettings, model: str, tokenizer: Tokenizer) -> Engine:
-    from llmboost_worker.engine.vllm.config import VllmConfig
-    from llmboost_worker.engine.vllm.engine import VllmEngine
-
-    return VllmEngine(
-        VllmConfig(
-            **_of_every_engine(settings, model),
-            tensor_parallel=settings.tp,
-            pipeline_parallel=settings.pp,
-            log_level=settings.log_level,
-            options=json.loads(settings.vllm_options),
-        ),
-        tokenizer.token_bytes,
-    )
-
-
 async def _in_thread(call: Callable[[], T]) -> T:
     """Awaits a blocking call in a daemon thread: a signal while a model loads must not wait for it."""
     loop = asyncio.get_running_loop()
@@ -370,7 +285,7 @@ def run(settings: WorkerSettings) -> int:
     logs.configure(settings.log_level)
     os.environ.update({name: value for name, value in OPENMP.items() if name not in os.environ})
     if settings.engine == "transformers" and settings.tp > 1 and int(os.environ.get("RANK", 0)) > 0:
-        return _follow(settings)
+        return follow(settings)
     uvloop.install()
     asyncio.set_event_loop(asyncio.new_event_loop())
     worker = WorkerProcess(settings, handle_signals=True)

