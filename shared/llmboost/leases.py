@@ -191,7 +191,11 @@ _FINISH = Script(
     _MINE
     + """
 local id, owner, attempt = unpack(ARGV)
-if not mine(id, owner, attempt) then return 0 end
+if not mine(id, owner, attempt) then
+  -- Of a job that is over already nothing is to stay, whatever a later claim of it has left.
+  if redis.call('EXISTS', KEYS[1] .. id) == 0 then redis.call('DEL', KEYS[3], KEYS[4]) end
+  return 0
+end
 redis.call('ZREM', KEYS[2], id)
 redis.call('DEL', KEYS[1] .. id, KEYS[3], KEYS[4])
 return 1

@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import wraps
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
@@ -78,45 +77,26 @@ def _script(module: str, name: str, old: str, new: str) -> Any:
 def _fence_off() -> list[Any]:
     """Entries keep their numbers, but under whatever attempt is the newest in the stream. An id that was
     used is refused as before, and so is everything after the seal."""
-    from llmboost.keys import stream
-
-    append = """
-    local top = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
-    local id = ARGV[1]
-    if top then
-      local attempt, n = string.match(top[1], '^(%d+)%-(%d+)')
-      local mine, m = string.match(id, '^(%d+)%-(%d+)')
-      if tonumber(attempt) > tonumber(mine) and attempt ~= '9007199254740991' then
-        id = attempt .. '-' .. (tonumber(n) + 1)
+    newest = """(function(key, id)
+      local top = redis.call('XREVRANGE', key, '+', '-', 'COUNT', 1)[1]
+      if top then
+        local attempt, n = string.match(top[1], '^(%d+)%-(%d+)')
+        local mine = string.match(id, '^%d+')
+        if tonumber(attempt) > tonumber(mine) and attempt ~= '9007199254740991' then
+          return attempt .. '-' .. (tonumber(n) + 1)
+        end
       end
-    end
-    return redis.call('XADD', KEYS[1], 'NOMKSTREAM', id, ARGV[2], ARGV[3])
-    """
-    prefix = stream("x").partition("{")[0]
-
-    def unfenced(xadd: Any) -> Any:
-        @wraps(xadd)
-        def add(self: Any, name: str, fields: Any, id: str = "*", **options: Any) -> Any:
-            if not name.startswith(prefix):
-                return xadd(self, name, fields, id=id, **options)
-            ((key, value),) = fields.items()
-            return self.execute_command("EVAL", append, 1, name, id, key, value)
-
-        return add
-
-    return [_attribute("redis.asyncio", "Redis.xadd", unfenced)]
+      return id
+    end)"""
+    return [
+        _script("llmboost.streams", name, entry_id, f"{newest}({key}, {entry_id})")
+        for name, key, entry_id in (("_APPEND", "key", "ARGV[2 * i - 1]"), ("_BEGIN", "KEYS[1]", "ARGV[1]"))
+    ]
 
 
 @_mutant("NOMKSTREAM off", "a stream that is gone does not come back without its beginning (3.2)")
 def _nomkstream_off() -> list[Any]:
-    def making(xadd: Any) -> Any:
-        @wraps(xadd)
-        def add(self: Any, *args: Any, nomkstream: bool = False, **options: Any) -> Any:
-            return xadd(self, *args, **options)
-
-        return add
-
-    return [_attribute("redis.asyncio", "Redis.xadd", making)]
+    return [_script("llmboost.streams", name, "'NOMKSTREAM', ", "") for name in ("_APPEND", "_BEGIN")]
 
 
 @_mutant("seal off", "nothing follows the terminal entry (3.5)")
@@ -142,7 +122,9 @@ def _fence_after_read() -> list[Any]:
         transcript = Transcript()
         for entry_id, entry in await persist(lambda: self.read(writer.job_id)):
             transcript.apply(entry_id, entry)
-        await persist(lambda: self._append_one(writer, writer.fence_id, Started(worker)))
+        fence = (writer.job_id, writer.fence_id, Started(worker))
+        [reply] = await persist(lambda: self.append([fence]))
+        await self.check_reply(writer, writer.fence_id, reply)
         if transcript.terminal is not None:
             raise StreamSealed(writer.job_id)
         return transcript

@@ -170,6 +170,17 @@ async def test_a_worker_that_lost_its_lease_changes_nothing(queue: JobQueue, red
     assert await queue.finish(MODEL, new, "w")
 
 
+async def test_nothing_stays_of_a_job_that_was_over_when_it_was_run(queue: JobQueue) -> None:
+    """A killed server had forgotten that it was finished, so it was claimed again."""
+    [job] = await submit(queue)
+    [claim] = await queue.claim(MODEL, 1, "w", LEASE_S)
+    await queue.streams.seal(job.id, DONE)
+    assert await queue.finish(MODEL, claim, "w")
+    await queue.redis.set(keys.arq_retry(job.id), 1, ex=60)  # arq counts before it looks
+    assert not await queue.finish(MODEL, claim, "w")
+    assert not await queue.redis.exists(keys.arq_retry(job.id))
+
+
 # Outages
 
 

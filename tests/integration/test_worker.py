@@ -220,22 +220,22 @@ async def test_an_echo_of_no_tokens_is_the_rendered_prompt(
     assert await text(streams, job) == "<|user|>hi<|end|><|assistant|>"
 
 
-async def test_an_unreadable_job_and_an_unknown_function_end_visibly(
+async def test_jobs_that_are_unreadable_unknown_or_lost_end_visibly(
     start_worker: StartWorker, queue: JobQueue, streams: TokenStreams, redis: ArqRedis
 ) -> None:
     jobs = [make_job(needs_audience=False) for _ in range(3)]
     for job in jobs:
         await queue.submit(job)
-    unreadable, unknown, expired = jobs
+    unreadable, unknown, lost = jobs
     await redis.set(keys.arq_job(unreadable.id), b"\xc1", ex=60)
     strange = {"t": None, "f": "no such function", "a": (), "k": {}, "et": 0}
     await redis.set(keys.arq_job(unknown.id), serialize(strange), ex=60)
-    await redis.delete(keys.arq_job(expired.id))
+    await redis.delete(keys.arq_job(lost.id))
     await start_worker()
-    for job in jobs:
+    for job, code in ((unreadable, "job_failed"), (unknown, "job_failed"), (lost, "request_lost")):
         terminal = await ended(streams, job)
         assert terminal.error is not None
-        assert terminal.error.code == "job_failed"
+        assert terminal.error.code == code
 
 
 async def test_a_request_that_used_up_its_tries_ends_visibly(

@@ -39,7 +39,7 @@ from redis.exceptions import RedisError
 
 from llmboost import keys
 from llmboost.connection import deserialize, serialize
-from llmboost.entries import StreamError, Terminal
+from llmboost.entries import REQUEST_LOST, StreamError, Terminal
 from llmboost.jobs import JOB_CLASSES, JobClass
 from llmboost.leases import Claim
 from llmboost.queue import JobQueue
@@ -55,6 +55,8 @@ FIRST_BITE = 8
 asks at once for twice as many, so alone it is soon full."""
 ACQUITTED_AFTER_S = 1.0
 """An attempt that has appended tokens for so long is not what kills its worker."""
+NOT_THERE = "job expired"
+"""What arq says of a job whose definition is gone: a killed server has lost it, or that it was done."""
 HAND_OVER_S = 1.5
 """How long a worker that is told to go tries to release its jobs; if Redis is away their leases lapse."""
 
@@ -308,6 +310,8 @@ class LeasedWorker(Worker):
         """Seals the stream of a job that arq won't run, then deletes the job."""
         reason = str(msgspec.msgpack.decode(result_data)["r"]) if result_data else "it can't be run"
         error = StreamError(f"The request was not run: {reason}.", code="job_failed")
+        if reason.endswith(NOT_THERE):
+            error = REQUEST_LOST
         await self._fail(current_claim.get(), error)
 
     async def _fail(self, claim: Claim, error: StreamError) -> None:

@@ -128,7 +128,8 @@ class Publisher:
             if outbox.in_flight is None or outbox.in_flight[0] != entry_id:
                 continue  # discarded while it was under way
             try:
-                await self._streams.check_reply(outbox.writer, entry_id, reply)
+                if not isinstance(reply, bytes):  # the entry's id: nearly always it is
+                    await self._streams.check_reply(outbox.writer, entry_id, reply)
             except StreamEnded as ended:
                 self.discard(outbox)
                 outbox.on_end(ended)
