@@ -171,7 +171,8 @@ async def test_deliveries_outlive_a_loss_of_redis(
             await client.client_kill_filter(_type="normal", skipme=True)
             with suppress(RedisError):
                 told.add(await ends.response(webhooks))
-        await wait_until(lambda: {call.event().data.id for call in receiver.taken} >= told, within=60)
+        # A job that was cut off as it began waits for 30 s, and each end takes two.
+        await wait_until(lambda: {call.event().data.id for call in receiver.taken} >= told, within=120)
         await ends.settled()
     await client.aclose()
     assert told
