@@ -7,6 +7,9 @@ from llmboost_worker.engine.transformers.pace import (
     FIRST_CHUNK,
     MANY,
     MIN_CHUNK,
+    SHARE,
+    SHARE_OF_SHORT,
+    SHORT,
     STALE,
     UNBOUNDED,
     Pace,
@@ -170,6 +173,23 @@ def test_few_wait_for_many() -> None:
     assert shares(8, 16) == pytest.approx(2 * shares(16, 16), rel=0.1)
     assert shares(1, 16) == pytest.approx(16 * shares(16, 16), rel=0.1)
     assert shares(1, MANY - 1) == pytest.approx(shares(16, MANY - 1), rel=0.1)
+
+
+def test_short_prompts_are_soon_over() -> None:
+    """One that takes a few steps may take more of each; how many is what counts, not how many are left."""
+    machine = Machine(pair=0.0)
+    machine.run(0, tokens=2000)
+    machine.run(4)
+    step = machine.decode_seconds(4)
+    short = int(SHORT * step / machine.token) - 1
+    took = [
+        machine.run(4, machine.pace.tokens(4, 1, 0, longest)) / step
+        for longest in [short] * 5 + [short + 2] * 5
+    ]
+    of_short, of_long = took[4], took[-1]
+    assert of_long == pytest.approx(1 + SHARE, rel=0.05)
+    assert of_short == pytest.approx(1 + SHARE_OF_SHORT, rel=0.05)
+    assert of_short < 3
 
 
 def test_what_was_measured_in_bad_times_does_not_open_the_gates() -> None:

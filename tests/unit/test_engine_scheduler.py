@@ -17,7 +17,7 @@ INFO = EngineInfo(512, 300, 4, (2,), "transformers", "float32", "cpu")
 class Unhurried(Pace):
     """Lets prompts have what they like."""
 
-    def tokens(self, decoding: int, prompts: int, context: int) -> int:
+    def tokens(self, decoding: int, prompts: int, context: int, longest: int = UNBOUNDED) -> int:
         return UNBOUNDED
 
 
@@ -332,10 +332,10 @@ class Bounded(Pace):
     def __init__(self, *allowed: int) -> None:
         super().__init__()
         self.allowed = list(allowed)
-        self.asked: list[tuple[int, int, int]] = []
+        self.asked: list[tuple[int, int, int, int]] = []
 
-    def tokens(self, decoding: int, prompts: int, context: int) -> int:
-        self.asked.append((decoding, prompts, context))
+    def tokens(self, decoding: int, prompts: int, context: int, longest: int = UNBOUNDED) -> int:
+        self.asked.append((decoding, prompts, context, longest))
         return self.allowed.pop(0) if self.allowed else UNBOUNDED
 
 
@@ -350,7 +350,7 @@ def test_prompts_get_what_the_pace_allows_beside_those_that_decode() -> None:
     assert simulation.step() == {"a": 1}
     assert simulation.step() == {"a": 1, "b": 9}
     assert simulation.step() == {"a": 1, "b": 14, "c": 30}
-    assert pace.asked == [(0, 1, 0), (1, 2, 0), (1, 2, 7), (1, 2, 7), (1, 2, 16)]
+    assert pace.asked == [(0, 1, 0, 5), (1, 2, 0, 30), (1, 2, 7, 30), (1, 2, 7, 30), (1, 2, 16, 30)]
 
 
 def test_those_that_find_no_slot_do_not_count_as_a_crowd() -> None:
@@ -361,4 +361,4 @@ def test_those_that_find_no_slot_do_not_count_as_a_crowd() -> None:
     for number in range(20):
         simulation.add(f"{number}", 10)
     simulation.step()
-    assert pace.asked[-1] == (1, 2, 0)
+    assert pace.asked[-1] == (1, 2, 0, 10)

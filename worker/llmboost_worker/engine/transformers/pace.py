@@ -15,6 +15,11 @@ SHARE = 0.75
 """What a prompt's part of a step may cost, in pure decode steps. Nobody is to wait for a token more than
 three times as long as usual; what is left is for the machine's moods."""
 
+SHARE_OF_SHORT = 1.75
+SHORT = 8
+"""The same, where no prompt takes so many decode steps alone: a few large chunks cost less than many small
+ones, and are soon over."""
+
 MIN_CHUNK = 4
 """Tokens that prompts get however dear they look: they must get on, and give new measurements."""
 
@@ -75,7 +80,7 @@ class Pace:
         if own is not None:
             self._prefill.learn(tokens, context, own)
 
-    def tokens(self, decoding: int, prompts: int, context: int) -> int:
+    def tokens(self, decoding: int, prompts: int, context: int, longest: int = UNBOUNDED) -> int:
         """Prompt tokens for the next step, so that it takes less than twice as long as a pure decode step.
 
         The more prompts wait, the more they get. Otherwise a full house would spend its time on small steps,
@@ -89,13 +94,16 @@ class Pace:
             decoding: rows of the step that decode
             prompts: sequences that wait for their first token
             context: tokens before the next chunk
+            longest: tokens of the longest prompt, all of it
         """
         if not decoding:
             return UNBOUNDED
         batch = self._batches.setdefault(decoding.bit_length(), _Batch())
         if batch.seconds is None or batch.num_mixed >= STALE:
             return 0
-        seconds = SHARE * batch.seconds * max(1.0, prompts / CROWD)
+        is_short = longest <= self._prefill.affordable(SHORT * batch.seconds, context)
+        share = SHARE_OF_SHORT if is_short else SHARE
+        seconds = share * batch.seconds * max(1.0, prompts / CROWD)
         if prompts >= MANY:
             seconds *= max(1.0, prompts / decoding)
         affordable = max(MIN_CHUNK, self._prefill.affordable(seconds, context))

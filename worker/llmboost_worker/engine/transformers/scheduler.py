@@ -112,11 +112,12 @@ class Scheduler:
         if not self._enable_chunked_prefill:
             return
         begun = [one for one in self.running.values() if one.priority <= lowest and not one.is_decoding]
-        waiting = sum(sequence.priority <= lowest for _, sequence in self._waiting)
-        prompts = len(begun) + min(waiting, self._max_num_seqs - len(self.running))
+        waiting = [sequence for _, sequence in self._waiting if sequence.priority <= lowest]
+        prompts = len(begun) + min(len(waiting), self._max_num_seqs - len(self.running))
+        longest = max(map(len, begun + waiting), default=0)
         first = min(begun, key=lambda sequence: sequence.rank, default=None)
         context = first.num_cached if first else 0
-        self._budget = min(self._budget, self._pace.tokens(decoding, prompts, context))
+        self._budget = min(self._budget, self._pace.tokens(decoding, prompts, context, longest))
 
     def _decode(self, sequence: Sequence, batch: dict[str, Sequence]) -> None:
         """Schedules a running sequence's next token, unless it gives way."""
