@@ -63,6 +63,20 @@ def test_a_packed_product_is_torchs(dtype: torch.dtype, bias: bool, rows: int) -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gated_product_is_torchs(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 64).to(dtype), torch.randn(40, 64).to(dtype)
+    biases = torch.randn(96).to(dtype) if bias else None
+    found = kernels.find(weight.device, dtype)
+    assert found is not None
+    gate, up = torch.nn.functional.linear(x, weight, biases).chunk(2, 1)
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-1
+    expected = torch.nn.functional.silu(gate) * up
+    assert torch.allclose(linear.gated_product(weight, biases, found)(x), expected, rtol=2e-2, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 6, linear.FEW_ROWS, linear.FEW_ROWS + 1])
 @pytest.mark.parametrize("outputs", [96, 97])
 def test_weights_in_int8_are_off_by_half_a_step_at_most(dtype: torch.dtype, rows: int, outputs: int) -> None:

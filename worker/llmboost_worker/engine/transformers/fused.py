@@ -4,7 +4,7 @@ The model's modules stay what the weights are loaded into; this reads them, pack
 their memory. Per layer four products and four kernels are left of some forty operations:
 
     norm | queries, keys and values in one product | rotation, into the blocks | attention | product
-    norm | gate and up in one product | silu and product of both | product
+    norm | gate and up in one product, silu and product of both | product
 
 Which models: those whose layers compute just that, known by the class of their layers. All others run as
 transformers has them (`forward`).
@@ -21,7 +21,7 @@ from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.cache import KeyValueCache
 from llmboost_worker.engine.transformers.config import Quantization
 from llmboost_worker.engine.transformers.kernels import WIDTH, Kernels, Rotation
-from llmboost_worker.engine.transformers.linear import Product, product
+from llmboost_worker.engine.transformers.linear import Product, gated_product, product
 from llmboost_worker.engine.transformers.loading import architecture
 
 LAYERS = {
@@ -43,7 +43,7 @@ class _Layer:
     formula: Formula
     out: Product
     post_norm: Tensor
-    gate_up: Product
+    gated: Product
     down: Product
 
 
@@ -67,7 +67,6 @@ class FusedForward:
         self._norm = body.norm.weight
         self._heads, self._key_heads = config.num_attention_heads, config.num_key_value_heads
         self._head_dim = attention.head_dim
-        self._inner = config.intermediate_size
         positions = torch.arange(max_model_len)[None]
         # In float32 whatever the model's dtype: each row is rounded once, at the end.
         cos, sin = body.rotary_emb(torch.zeros(1, dtype=torch.float32), positions)
@@ -83,7 +82,7 @@ class FusedForward:
         )
         self._layers = []
         for window in architecture.windows(config):
-            self._layers.append(_taken(body.layers[0], window, quantization))
+            self._layers.append(_taken(body.layers[0], window, kernels, quantization))
             del body.layers[0]
         self._head = product(model.lm_head.weight, model.lm_head.bias, quantization)
         del model.lm_head
@@ -109,7 +108,6 @@ class FusedForward:
         kernels, epsilon, count = self._kernels, self._epsilon, len(ids)
         residual = nn.functional.embedding(ids, self._embedding)
         normed = torch.empty_like(residual)
-        inner = residual.new_empty(count, self._inner)
         width = self._heads * self._head_dim
         x: Tensor | None = None
         for layer, keys, values in zip(self._layers, cache.keys, cache.values, strict=True):
@@ -129,8 +127,7 @@ class FusedForward:
             attended = self.backend.attend(keys, values, query, layout, layer.formula)
             x = layer.out(attended.view(count, width))
             kernels.add_rms_norm(x, residual, layer.post_norm, epsilon, normed)
-            kernels.silu_mul(layer.gate_up(normed), inner)
-            x = layer.down(inner)
+            x = layer.down(layer.gated(normed))
         if rows is not None and x is not None:
             x, residual = x.index_select(0, rows), residual.index_select(0, rows)
             normed = torch.empty_like(residual)
@@ -141,23 +138,23 @@ class FusedForward:
         return self._layers[layer].formula
 
 
-def _taken(layer: Any, window: int | None, quantization: Quantization) -> _Layer:
+def _taken(layer: Any, window: int | None, kernels: Kernels, quantization: Quantization) -> _Layer:
     """The layer's weights, packed."""
     attention, mlp = layer.self_attn, layer.mlp
     return _Layer(
         input_norm=layer.input_layernorm.weight,
-        qkv=_joined([attention.q_proj, attention.k_proj, attention.v_proj], quantization),
+        qkv=product(*_joined(attention.q_proj, attention.k_proj, attention.v_proj), quantization),
         query_norm=attention.q_norm.weight if hasattr(attention, "q_norm") else None,
         key_norm=attention.k_norm.weight if hasattr(attention, "k_norm") else None,
         formula=Formula(attention.scaling, None, window),
         out=product(attention.o_proj.weight, attention.o_proj.bias, quantization),
         post_norm=layer.post_attention_layernorm.weight,
-        gate_up=_joined([mlp.gate_proj, mlp.up_proj], quantization),
+        gated=gated_product(*_joined(mlp.gate_proj, mlp.up_proj), kernels, quantization),
         down=product(mlp.down_proj.weight, mlp.down_proj.bias, quantization),
     )
 
 
-def _joined(linears: list[Any], quantization: Quantization) -> Product:
-    """One product for several that read the same rows; their outputs lie side by side."""
+def _joined(*linears: Any) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one product for several that read the same rows; their outputs lie side by side."""
     bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    return product(torch.cat([linear.weight for linear in linears]), bias, quantization)
+    return torch.cat([linear.weight for linear in linears]), bias

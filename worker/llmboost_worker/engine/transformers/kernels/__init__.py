@@ -1,8 +1,8 @@
 """Compiled kernels for a CPU: attention over blocks, and what lies between a layer's matrix products.
 
 A step of a small batch is a few milliseconds, of which calls into torch take a third: thirty layers of forty
-operations each. These four calls do what thirty of the forty do. They are compiled when a model is first
-loaded; without a compiler the engine computes the same with torch, only slower.
+operations each. Four calls do what thirty of the forty do, and `tiles` has one for the products. They are
+compiled when a model is first loaded; without a compiler the engine computes the same with torch, only slower.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmboost_worker.engine.transformers.kernels.build import BuildError, library
+from llmboost_worker.engine.transformers.kernels.build import BuildError, loaded
 
 logger = logging.getLogger(__name__)
 
@@ -230,19 +230,8 @@ ARGUMENTS = {
 
 def _function(name: str) -> Any:
     kind, _, _ = name.rpartition("_")
-    # Letting go of the interpreter's lock costs more than the short ones take, and getting it back may take
-    # as long as the event loop likes.
-    holder = _library()[0] if kind in ("attend", "int8_product") else _library()[1]
-    function = getattr(holder, name)
+    letting_go, keeping = loaded()
+    function = getattr(letting_go if kind in ("attend", "int8_product") else keeping, name)
     function.argtypes = ARGUMENTS[kind]
     function.restype = None
     return function
-
-
-@cache
-def _library() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
-    path = str(library())
-    try:
-        return ctypes.CDLL(path), ctypes.PyDLL(path)
-    except OSError as error:
-        raise BuildError(f"can't load {path}: {error}") from error

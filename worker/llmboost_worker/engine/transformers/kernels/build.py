@@ -1,5 +1,6 @@
 """Compiles the kernels for this machine's processor, once: the result is kept in the user's cache."""
 
+import ctypes
 import hashlib
 import logging
 import os
@@ -7,11 +8,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from functools import cache
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = sorted(Path(__file__).parent.glob("*.cpp"))
+HEADERS = sorted(Path(__file__).parent.glob("*.h"))
 
 COMPILERS = ("c++", "g++", "clang++")
 """Tried in this order, after what the variable CXX names."""
@@ -33,6 +36,21 @@ TIMEOUT_S = 120
 
 class BuildError(Exception):
     """There is no compiler, or it fails; the message says which."""
+
+
+@cache
+def loaded() -> tuple[ctypes.CDLL, ctypes.PyDLL]:
+    """The kernels' functions: such as let go of the interpreter's lock, and such as keep it. Letting go costs
+    more than the short ones take, and getting it back may take as long as the event loop likes.
+
+    Raises:
+        BuildError
+    """
+    path = str(library())
+    try:
+        return ctypes.CDLL(path), ctypes.PyDLL(path)
+    except OSError as error:
+        raise BuildError(f"can't load {path}: {error}") from error
 
 
 def library() -> Path:
@@ -57,7 +75,7 @@ def _compile(path: Path) -> None:
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
             done = subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(made)],
+                [compiler, *FLAGS, *map(str, SOURCES), "-o", str(made)],
                 capture_output=True,
                 text=True,
                 timeout=TIMEOUT_S,
@@ -81,7 +99,8 @@ def _compiler() -> str:
 def _fingerprint() -> str:
     """Of everything that the compiled file depends on."""
     digest = hashlib.blake2b(digest_size=8)
-    for part in (SOURCE.read_bytes(), " ".join(FLAGS).encode(), _compiler_name(), _processor()):
+    sources = [source.read_bytes() for source in (*SOURCES, *HEADERS)]
+    for part in (*sources, " ".join(FLAGS).encode(), _compiler_name(), _processor()):
         digest.update(part + b"\0")
     return digest.hexdigest()
 

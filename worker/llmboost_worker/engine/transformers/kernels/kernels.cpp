@@ -2,104 +2,20 @@
 //
 // Each function takes rows (tokens) of a type T, computes in float and rounds where transformers' modules round,
 // so that a row depends on nothing but itself: not on its neighbours, nor on the number of threads.
-//
-// Vectors are GCC's and Clang's vector extensions, 16 floats each; the compiler maps them to whatever the machine has.
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 
-#ifdef __AVX512F__
-#include <immintrin.h>
-#endif
+#include "vectors.h"
 
 namespace {
 
-constexpr int WIDTH = 16;      // floats in a vector
 constexpr int PART = 256;      // tokens of a context that are attended to at a time
 constexpr int AHEAD = 12;      // tokens
 constexpr int TILE = 4;        // queries that share the registers they read keys into
 constexpr int MAX_DIM = 256;   // of a head; `Kernels.attends` checks it
 constexpr int MAX_QUERIES = 64;  // of a group, per key head
-
-typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
-typedef float Halves __attribute__((vector_size(32), aligned(4), may_alias));
-typedef float Quarters __attribute__((vector_size(16), aligned(4), may_alias));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
-typedef uint16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
-typedef int8_t Bytes __attribute__((vector_size(16), aligned(1), may_alias));
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
-
-// GCC 12 converts vectors of integers one by one, where AVX-512 has an instruction for all of them.
-#ifdef __AVX512F__
-inline Words widened(Shorts x) { return (Words)_mm512_cvtepu16_epi32((__m256i)x); }
-inline Shorts narrowed(Words x) { return (Shorts)_mm512_cvtepi32_epi16((__m512i)x); }
-inline Ints widened(Bytes x) { return (Ints)_mm512_cvtepi8_epi32((__m128i)x); }
-#else
-inline Words widened(Shorts x) { return __builtin_convertvector(x, Words); }
-inline Shorts narrowed(Words x) { return __builtin_convertvector(x, Shorts); }
-inline Ints widened(Bytes x) { return __builtin_convertvector(x, Ints); }
-#endif
-
-inline Floats load(const BFloat16* from) {
-  return (Floats)(widened(*reinterpret_cast<const Shorts*>(from)) << 16);
-}
-
-inline void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
-
-inline void store(BFloat16* to, Floats x) {  // to nearest, ties to even; NaN stays NaN
-  Words bits = (Words)x;
-  Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  rounded = (x == x) ? rounded : (bits >> 16) | 0x40;
-  *reinterpret_cast<Shorts*>(to) = narrowed(rounded);
-}
-
-template <class T>
-inline Floats rounded(Floats x) {  // as if stored and loaded again
-  T memory[WIDTH];
-  store(memory, x);
-  return load(memory);
-}
-
-inline Floats all(float x) { return Floats{} + x; }
-inline Floats least(Floats a, Floats b) { return a < b ? a : b; }
-inline Floats most(Floats a, Floats b) { return a < b ? b : a; }
-
-inline float sum(Floats x) {
-  Halves a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) +
-             __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  Quarters b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (b[0] + b[2]) + (b[1] + b[3]);
-}
-
-inline float largest(Floats x) {
-  float best = x[0];
-  for (int i = 1; i < WIDTH; i++) best = x[i] > best ? x[i] : best;
-  return best;
-}
-
-// Cephes' expf (S. Moshier), two units in the last place; what is below e^-87 comes out as that. NaN stays NaN.
-inline Floats exponential(Floats exponent) {
-  Floats x = least(most(exponent, all(-87.0f)), all(88.0f));
-  Floats scaled = x * 1.44269504088896341f;
-  Ints power = __builtin_convertvector(scaled + (scaled < 0.0f ? all(-0.5f) : all(0.5f)), Ints);
-  Floats whole = __builtin_convertvector(power, Floats);
-  Floats rest = x - whole * 0.693359375f + whole * 2.12194440e-4f;
-  Floats p = all(1.9875691500e-4f);
-  p = p * rest + 1.3981999507e-3f;
-  p = p * rest + 8.3334519073e-3f;
-  p = p * rest + 4.1665795894e-2f;
-  p = p * rest + 1.6666665459e-1f;
-  p = p * rest + 5.0000001201e-1f;
-  p = (p * rest * rest + rest + 1.0f) * (Floats)((power + 127) << 23);
-  return exponent == exponent ? p : exponent;
-}
 
 inline Floats hyperbolic_tangent(Floats x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
 
@@ -385,8 +301,7 @@ void silu_mul(const T* gate_up, T* out, int rows, int dim) {
   for (int r = 0; r < rows; r++) {
     const T *gate = gate_up + int64_t(r) * 2 * dim, *up = gate + dim;
     for (int d = 0; d < dim; d += WIDTH) {
-      const Floats x = load(gate + d);
-      store(out + int64_t(r) * dim + d, rounded<T>(x / (exponential(-x) + 1.0f)) * load(up + d));
+      store(out + int64_t(r) * dim + d, silu<T>(load(gate + d)) * load(up + d));
     }
   }
 }
