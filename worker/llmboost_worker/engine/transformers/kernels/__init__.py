@@ -2,7 +2,7 @@
 
 A step of a small batch is a few milliseconds, of which calls into torch take a third: thirty layers of forty
 operations each. Four calls do what thirty of the forty do, and `tiles` has one for the products. They are
-compiled when a model is first loaded; without a compiler the engine computes the same with torch, only slower.
+compiled when a model is first loaded; without a compiler torch computes the same, only slower.
 """
 
 import ctypes
