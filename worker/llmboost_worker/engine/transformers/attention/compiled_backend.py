@@ -11,24 +11,27 @@ from llmboost_worker.engine.transformers.attention.backend import AttentionBacke
 from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 from llmboost_worker.engine.transformers.cache import LayerShape
-from llmboost_worker.engine.transformers.kernels import MAX_QUERIES, PART, Attention, Kernels
+from llmboost_worker.engine.transformers.kernels import MAX_QUERIES, PART, Attention, Kernels, tiles
+from llmboost_worker.engine.transformers.kernels.tiles import Chunks
 
 SHORT = 16
-"""Rows of a chunk up to which the kernel is the faster one. For longer ones it pays to gather their context
-for a product of matrices, which torch does better."""
+"""Rows of a chunk up to which its rows are attended for one by one. For longer ones a product of matrices
+pays, on AMX, or torch's, which wants their context gathered."""
 
 MOST_ROWS = 16
 """Of a chunk that read the context together."""
 
 
 class CompiledBackend(AttentionBackend):
-    """The kernel for decoding rows and short chunks, torch for the rest."""
+    """A kernel for decoding rows and short chunks, another for long ones if there is AMX, torch otherwise."""
 
     def __init__(self, kernels: Kernels) -> None:
         self._kernels = kernels
         self._torch = TorchBackend()
         self._formulas: dict[tuple[Any, ...], Attention] = {}
         self._scratch = torch.empty(0)
+        self._packed = torch.empty(0)
+        self._chunks = Chunks() if tiles.usable() else None
         # A row's context is shared out only where rows and heads don't keep the threads busy by themselves.
         self._few = 4 * torch.get_num_threads()
 
@@ -54,14 +57,46 @@ class CompiledBackend(AttentionBackend):
         if plan is None:
             plan = layout.plans[CompiledBackend, rows] = _Plan.of(layout, rows)
         out = query.new_empty(len(query), query.shape[1], layer_values.shape[3])
+        if query.stride(2) != 1 or query.stride(1) != query.shape[2]:
+            query = query.contiguous()
         if len(plan.owners):
-            if query.stride(2) != 1 or query.stride(1) != query.shape[2]:
-                query = query.contiguous()
             self._attend(layer_keys, layer_values, query, layout, plan, formula, out)
         if plan.rest is not None:
-            rest = query[plan.num_rows :]
-            out[plan.num_rows :] = self._torch.attend(layer_keys, layer_values, rest, plan.rest, formula)
+            rest, rest_out = query[plan.num_rows :], out[plan.num_rows :]
+            block_size, _, key_dim = layer_keys.shape[1:]
+            if self._chunks and Chunks.fit(query.dtype, key_dim, out.shape[2], block_size):
+                self._attend_chunks(
+                    self._chunks, layer_keys, layer_values, rest, plan.rest, formula, rest_out
+                )
+            else:
+                rest_out.copy_(self._torch.attend(layer_keys, layer_values, rest, plan.rest, formula))
         return out
+
+    def _attend_chunks(
+        self,
+        chunks: Chunks,
+        layer_keys: Tensor,
+        layer_values: Tensor,
+        query: Tensor,
+        layout: StepLayout,
+        formula: Formula,
+        out: Tensor,
+    ) -> None:
+        key_heads, value_dim = layer_values.shape[2:]
+        num_packed = tiles.num_packed(layout.ends.tolist(), key_heads, value_dim)
+        if len(self._packed) < num_packed:
+            self._packed = out.new_empty(2 * num_packed)
+        chunks.attend(
+            self._how(query.shape[1], layer_keys, value_dim, formula),
+            query,
+            layer_keys,
+            layer_values,
+            layout.block_tables,
+            layout.query_starts,
+            layout.positions,
+            out,
+            self._packed,
+        )
 
     def _attend(
         self,

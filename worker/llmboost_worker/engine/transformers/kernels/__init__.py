@@ -14,42 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from llmboost_worker.engine.transformers.kernels.arguments import MAX_DIM, WIDTH, Attention, Rotation
 from llmboost_worker.engine.transformers.kernels.build import BuildError, loaded
 
 logger = logging.getLogger(__name__)
 
-WIDTH = 16
-MAX_DIM = 256
 MAX_QUERIES = 64
 PART = 256
 """As in kernels.cpp."""
 
 TYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16"}
 
-__all__ = ["Attention", "BuildError", "Kernels", "Rotation", "find"]
-
-
-class Attention(ctypes.Structure):
-    """How a layer attends. Sizes in elements; `softcap` and `window` 0: none."""
-
-    _fields_ = [  # what ctypes asks for
-        *((name, c_int) for name in ("heads", "key_heads", "key_dim", "value_dim", "block_size")),
-        ("scale", c_float),
-        ("softcap", c_float),
-        ("window", c_int),
-    ]
-
-
-class Rotation(ctypes.Structure):
-    """Rotary positions of a layer. `rotated`: the first dimensions of each head; `cos` and `sin`: addresses
-    of float32 [positions, rotated]; `epsilon`: of the heads' norms."""
-
-    _fields_ = [
-        *((name, c_int) for name in ("heads", "key_heads", "dim", "value_dim", "rotated")),
-        ("cos", c_void_p),
-        ("sin", c_void_p),
-        ("epsilon", c_float),
-    ]
+__all__ = ["MAX_DIM", "WIDTH", "Attention", "BuildError", "Kernels", "Rotation", "find"]
 
 
 class Kernels:

@@ -7,25 +7,17 @@
 #include <cstdint>
 #include <cstring>
 
+#include "attention.h"
 #include "vectors.h"
 
 namespace {
 
 constexpr int PART = 256;      // tokens of a context that are attended to at a time
-constexpr int AHEAD = 12;      // tokens
+constexpr int AHEAD = 16;      // tokens
 constexpr int TILE = 4;        // queries that share the registers they read keys into
-constexpr int MAX_DIM = 256;   // of a head; `Kernels.attends` checks it
 constexpr int MAX_QUERIES = 64;  // of a group, per key head
 
-inline Floats hyperbolic_tangent(Floats x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
-
 // Attention ------------------------------------------------------------------------------------------------------
-
-struct Attention {
-  int heads, key_heads, key_dim, value_dim, block_size;
-  float scale, softcap;  // softcap 0: none
-  int window;            // 0: none
-};
 
 // Sums of four vectors: in each quarter first, then across them.
 inline Quarters sums(const Floats& a, const Floats& b, const Floats& c, const Floats& d) {
@@ -74,11 +66,123 @@ struct Span {
   int begin, end;
 };
 
+// What queries are multiplied with keys as, and weights with values.
+template <class T>
+struct Operand {
+  typedef float Type;
+};
+
+// N queries times four keys, which share the registers that they are read into.
+template <class T, int N>
+inline void score(const float* query, const T* const* key, int dim, float scale, float (*scores)[PART], int t) {
+  Floats products[N][4] = {};
+  for (int d = 0; d < dim; d += WIDTH) {
+    Floats k[4];
+    for (int i = 0; i < 4; i++) k[i] = load(key[i] + d);
+    for (int n = 0; n < N; n++) {
+      const Floats q = load(query + n * dim + d);
+      for (int i = 0; i < 4; i++) products[n][i] += q * k[i];
+    }
+  }
+  for (int n = 0; n < N; n++) {
+    const Quarters four = sums(products[n][0], products[n][1], products[n][2], products[n][3]);
+    *reinterpret_cast<Quarters*>(scores[n] + t) = four * scale;
+  }
+}
+
+// Sums of `count` values, a multiple of four, weighted for N queries.
+template <class T, int N>
+inline void weigh(const Heads<T>& values, const int64_t* rows, int count, const float (*weights)[PART], float* out) {
+  for (int d = 0; d < values.dim; d += WIDTH) {
+    Floats sums_of_values[N] = {};
+    for (int t = 0; t < count; t += 4) {
+      Floats v[4];
+      for (int i = 0; i < 4; i++) v[i] = load(values.first + rows[t + i] * values.stride + d);
+      for (int n = 0; n < N; n++)
+        for (int i = 0; i < 4; i++) sums_of_values[n] += v[i] * weights[n][t + i];
+    }
+    for (int n = 0; n < N; n++) store(out + n * values.dim + d, sums_of_values[n]);
+  }
+}
+
+#ifdef __AVX512BF16__
+
+// bfloat16 in pairs, without making floats of them. Weights are rounded, as where softmax's result is stored.
+template <>
+struct Operand<BFloat16> {
+  typedef BFloat16 Type;
+};
+
+inline __m512bh pairs(const void* from) { return (__m512bh)_mm512_loadu_si512(from); }
+
+template <class T, int N>
+inline void score(const BFloat16* query, const BFloat16* const* key, int dim, float scale, float (*scores)[PART],
+                  int t) {
+  __m512 products[N][4] = {};
+  int d = 0;
+  for (; d + 2 * WIDTH <= dim; d += 2 * WIDTH)
+    for (int i = 0; i < 4; i++) {
+      const __m512bh k = pairs(key[i] + d);
+      for (int n = 0; n < N; n++) products[n][i] = _mm512_dpbf16_ps(products[n][i], k, pairs(query + n * dim + d));
+    }
+  if (d < dim)
+    for (int i = 0; i < 4; i++) {
+      const Floats k = load(key[i] + d);
+      for (int n = 0; n < N; n++) products[n][i] += (__m512)(k * load(query + n * dim + d));
+    }
+  for (int n = 0; n < N; n++) {
+    const Quarters four = sums((Floats)products[n][0], (Floats)products[n][1], (Floats)products[n][2],
+                               (Floats)products[n][3]);
+    *reinterpret_cast<Quarters*>(scores[n] + t) = four * scale;
+  }
+}
+
+template <class T, int N>
+inline void weigh(const Heads<BFloat16>& values, const int64_t* rows, int count, const float (*weights)[PART],
+                  float* out) {
+  alignas(64) int32_t rounded[N][PART / 2];  // pairs of tokens
+  for (int n = 0; n < N; n++)
+    for (int t = 0; t < count; t += 2 * WIDTH)
+      _mm512_store_si512(rounded[n] + t / 2, (__m512i)_mm512_cvtne2ps_pbh((__m512)load(weights[n] + t + WIDTH),
+                                                                          (__m512)load(weights[n] + t)));
+  int d = 0;
+  for (; d + 2 * WIDTH <= values.dim; d += 2 * WIDTH) {
+    __m512 sums_of_values[N][2] = {};
+    for (int t = 0; t < count; t += 2) {
+      const __m512i a = _mm512_loadu_si512(values.first + rows[t] * values.stride + d);
+      const __m512i b = _mm512_loadu_si512(values.first + rows[t + 1] * values.stride + d);
+      const __m512bh low = (__m512bh)_mm512_unpacklo_epi16(a, b), high = (__m512bh)_mm512_unpackhi_epi16(a, b);
+      for (int n = 0; n < N; n++) {
+        const __m512bh weight = (__m512bh)_mm512_set1_epi32(rounded[n][t / 2]);
+        sums_of_values[n][0] = _mm512_dpbf16_ps(sums_of_values[n][0], low, weight);
+        sums_of_values[n][1] = _mm512_dpbf16_ps(sums_of_values[n][1], high, weight);
+      }
+    }
+    // What was unpacked lies in fours: of each eight dimensions the first ones in one vector, the others in the other.
+    for (int n = 0; n < N; n++) {
+      const Floats x = (Floats)sums_of_values[n][0], y = (Floats)sums_of_values[n][1];
+      float* to = out + n * values.dim + d;
+      store(to, __builtin_shufflevector(x, y, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23));
+      store(to + WIDTH, __builtin_shufflevector(x, y, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31));
+    }
+  }
+  if (d < values.dim)
+    for (int n = 0; n < N; n++) {
+      Floats sum_of_values = {};
+      for (int t = 0; t < count; t++)
+        sum_of_values += load(values.first + rows[t] * values.stride + d) * weights[n][t];
+      store(out + n * values.dim + d, sum_of_values);
+    }
+}
+
+#endif
+
 // N queries attend to `count` tokens, at most PART: sums of values weighted by exp(score - top), the sum of those
 // weights (0 for one that sees nothing), and top.
 template <class T, int N>
-void attend_part(const float* query, const Span* seen, const Heads<T>& keys, const Heads<T>& values,
-                 const int64_t* rows, int count, float softcap, float* out, float* total, float* top) {
+void attend_part(const typename Operand<T>::Type* query, const Span* seen, const Heads<T>& keys,
+                 const Heads<T>& values, const int64_t* rows, int count, float scale, float softcap, float* out,
+                 float* total, float* top) {
   float weights[N][PART];
   for (int t = 0; t < count; t += 4) {
     const T* key[4];
@@ -87,23 +191,13 @@ void attend_part(const float* query, const Span* seen, const Heads<T>& keys, con
       if (t + i + AHEAD < count) prefetch(keys.first + rows[t + i + AHEAD] * keys.stride, keys.dim);
       prefetch(values.first + rows[t + i] * values.stride, values.dim);
     }
-    Floats products[N][4] = {};
-    for (int d = 0; d < keys.dim; d += WIDTH) {
-      Floats k[4];
-      for (int i = 0; i < 4; i++) k[i] = load(key[i] + d);
-      for (int n = 0; n < N; n++) {
-        const Floats q = load(query + n * keys.dim + d);
-        for (int i = 0; i < 4; i++) products[n][i] += q * k[i];
-      }
-    }
-    for (int n = 0; n < N; n++)
-      *reinterpret_cast<Quarters*>(weights[n] + t) = sums(products[n][0], products[n][1], products[n][2], products[n][3]);
+    score<T, N>(query, key, keys.dim, scale, weights, t);
   }
-  const int padded = (count + WIDTH - 1) / WIDTH * WIDTH;
+  const int padded = (count + 2 * WIDTH - 1) / (2 * WIDTH) * (2 * WIDTH);
   for (int n = 0; n < N; n++) {
     float* row = weights[n];
     if (softcap > 0)
-      for (int t = 0; t < padded; t += WIDTH) store(row + t, hyperbolic_tangent(load(row + t) / softcap) * softcap);
+      for (int t = 0; t < count; t += WIDTH) store(row + t, hyperbolic_tangent(load(row + t) / softcap) * softcap);
     for (int t = 0; t < seen[n].begin && t < padded; t++) row[t] = -INFINITY;
     for (int t = seen[n].end > 0 ? seen[n].end : 0; t < padded; t++) row[t] = -INFINITY;
     if (seen[n].begin >= seen[n].end) {
@@ -115,24 +209,13 @@ void attend_part(const float* query, const Span* seen, const Heads<T>& keys, con
     for (int t = 0; t < padded; t += WIDTH) best = most(best, load(row + t));
     top[n] = largest(best);
     for (int t = 0; t < padded; t += WIDTH) {
-      Floats weight = exponential(load(row + t) - top[n]);
-      for (int i = 0; i < WIDTH; i++)
-        if (t + i < seen[n].begin || t + i >= seen[n].end) weight[i] = 0;
-      total_weight += weight;
-      store(row + t, weight);
+      const Floats x = load(row + t), weight = exponential(x - top[n]), seen_weight = x == -INFINITY ? Floats{} : weight;
+      total_weight += seen_weight;
+      store(row + t, seen_weight);
     }
     total[n] = sum(total_weight);
   }
-  for (int d = 0; d < values.dim; d += WIDTH) {
-    Floats sums_of_values[N] = {};
-    for (int t = 0; t < count; t += 4) {  // what pads the rows weighs 0
-      Floats v[4];
-      for (int i = 0; i < 4; i++) v[i] = load(values.first + rows[t + i] * values.stride + d);
-      for (int n = 0; n < N; n++)
-        for (int i = 0; i < 4; i++) sums_of_values[n] += v[i] * weights[n][t + i];
-    }
-    for (int n = 0; n < N; n++) store(out + n * values.dim + d, sums_of_values[n]);
-  }
+  weigh<T, N>(values, rows, (count + 3) / 4 * 4, weights, out);  // what pads the rows weighs 0
 }
 
 // What queries have gathered so far.
@@ -189,23 +272,22 @@ struct Attend {
     find(tables + owners[group] * table_stride, how.block_size, first, first + count, found);
     const Heads<T> k{keys + int64_t(head) * how.key_dim, int64_t(how.key_heads) * how.key_dim, how.key_dim};
     const Heads<T> v{values + int64_t(head) * how.value_dim, int64_t(how.key_heads) * how.value_dim, how.value_dim};
-    float scaled[TILE * MAX_DIM];
+    typename Operand<T>::Type wanted[TILE * MAX_DIM];
     Span seen[TILE];
     for (int n = 0; n < queries(group);) {
       const int left = queries(group) - n, many = left < TILE ? left : TILE;
       for (int i = 0; i < many; i++) {
         const int of = row + (n + i) / heads();
         const T* from_query = query + of * query_stride + (int64_t(head) * heads() + (n + i) % heads()) * how.key_dim;
-        for (int d = 0; d < how.key_dim; d += WIDTH)
-          store(scaled + i * how.key_dim + d, load(from_query + d) * how.scale);
+        for (int d = 0; d < how.key_dim; d += WIDTH) store(wanted + i * how.key_dim + d, load(from_query + d));
         seen[i] = {begin(of) - first, end(of) - first < count ? end(of) - first : count};
       }
       float *o = into.out + n * how.value_dim, *total = into.total + n, *top = into.top + n;
       switch (many) {
-        case 1: attend_part<T, 1>(scaled, seen, k, v, found, count, how.softcap, o, total, top); break;
-        case 2: attend_part<T, 2>(scaled, seen, k, v, found, count, how.softcap, o, total, top); break;
-        case 3: attend_part<T, 3>(scaled, seen, k, v, found, count, how.softcap, o, total, top); break;
-        default: attend_part<T, 4>(scaled, seen, k, v, found, count, how.softcap, o, total, top);
+        case 1: attend_part<T, 1>(wanted, seen, k, v, found, count, how.scale, how.softcap, o, total, top); break;
+        case 2: attend_part<T, 2>(wanted, seen, k, v, found, count, how.scale, how.softcap, o, total, top); break;
+        case 3: attend_part<T, 3>(wanted, seen, k, v, found, count, how.scale, how.softcap, o, total, top); break;
+        default: attend_part<T, 4>(wanted, seen, k, v, found, count, how.scale, how.softcap, o, total, top);
       }
       n += many;
     }

@@ -4,20 +4,16 @@
 // read, and asked for ahead. Many rows take as long as the tiles are busy: sums are rounded and stored while the
 // next ones are made. Every output is a sum over its inputs in their order, whatever rows are beside its own.
 
-#include <cstdint>
+#include "amx.h"
 
-#if defined(__linux__) && defined(__AMX_BF16__) && defined(__AVX512BF16__)
+#ifdef AMX
 
 #include <omp.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include "vectors.h"
-
 namespace {
 
-constexpr int TILE = 16;                   // rows of one
-constexpr int STEP = 32;                   // inputs of a tile
 constexpr int BLOCK = 2 * TILE;            // rows, and outputs, that are computed at a time
 constexpr int PIECE = BLOCK * STEP;        // weights that a step reads
 constexpr int AHEAD = 8;                   // steps
@@ -25,19 +21,11 @@ constexpr int MANY = 4;                    // blocks for each thread
 constexpr int64_t SPAN = 1 << 20;          // bytes of rows that stay in a core's cache while weights pass by
 constexpr long ARCH_REQ_XCOMP_PERM = 0x1023, XFEATURE_XTILEDATA = 18;
 
-inline int ceiling(int x, int divisor) { return (x + divisor - 1) / divisor; }
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t bytes[16] = {};
-  uint8_t rows[16] = {};
-};
-
-// Tiles 0 to 3: sums, of two times two tiles. 4 and 5: rows. 6 and 7: weights.
+// Tiles 0 to 3: sums, of two times two tiles. 4 and 5: rows. 6 and 7: weights. If there are fewer rows than a tile
+// has, there is one tile of them.
 inline void configure(int rows) {
   TileConfig config;
-  for (int i = 0; i < 8; i++) config.bytes[i] = 64, config.rows[i] = TILE;
-  config.rows[0] = config.rows[1] = config.rows[4] = rows;
+  if (rows < TILE) config.rows[0] = config.rows[1] = config.rows[4] = rows;
   _tile_loadconfig(&config);
 }
 
@@ -214,7 +202,7 @@ void product(const Product<GATED>& how) {
     const int part = thread / others, other = thread % others;
     const int begin = int(int64_t(blocks) * part / parts) * BLOCK;
     const int end = part + 1 == parts ? how.rows : int(int64_t(blocks) * (part + 1) / parts) * BLOCK;
-    configure(how.rows < TILE ? how.rows : TILE);
+    configure(how.rows);
     how.run(int(int64_t(panels) * other / others), int(int64_t(panels) * (other + 1) / others), begin, end);
     _tile_release();
   }

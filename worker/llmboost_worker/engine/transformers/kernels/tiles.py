@@ -1,13 +1,15 @@
-"""Products of bfloat16 rows with packed weights on Intel's AMX."""
+"""Products of bfloat16 rows with packed weights, and attention of chunks of prompts, on Intel's AMX."""
 
+import ctypes
 import logging
-from ctypes import c_int, c_void_p
+from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmboost_worker.engine.transformers.kernels.arguments import MAX_DIM, Attention
 from llmboost_worker.engine.transformers.kernels.build import BuildError, loaded
 
 logger = logging.getLogger(__name__)
@@ -56,12 +58,13 @@ class Packed:
         size = -(-outputs // BLOCK) * BLOCK
         self._weight = weight.new_empty(size, self._inputs)
         arranged = _halves_alternating(weight) if gated else weight.contiguous()
-        _function("tiles_pack", 2, 2)(arranged.data_ptr(), self._weight.data_ptr(), outputs, self._inputs)
+        pack = _function("tiles_pack", *[c_void_p] * 2, *[c_int] * 2)
+        pack(arranged.data_ptr(), self._weight.data_ptr(), outputs, self._inputs)
         self._bias: Tensor | None = None
         if bias is not None:
             self._bias = torch.zeros(size)
             self._bias[:outputs] = _halves_alternating(bias) if gated else bias
-        self._product = _function("tiles_product", 4, 4)
+        self._product = _function("tiles_product", *[c_void_p] * 4, *[c_int] * 4)
 
     def times(self, x: Tensor) -> Tensor:
         """[rows, inputs] -> [rows, outputs, half of them if gated]; contiguous, nobody checks."""
@@ -84,7 +87,78 @@ def _halves_alternating(x: Tensor) -> Tensor:
     return x.view(2, -1, TILE, *x.shape[1:]).transpose(0, 1).reshape(x.shape)
 
 
-def _function(name: str, pointers: int, numbers: int) -> Any:
+class Chunks:
+    """Attention of chunks of prompts: of many rows in a sequence, which all read the tokens before them."""
+
+    def __init__(self) -> None:
+        self._attend = _function(
+            "attend_chunks",
+            *[c_void_p] * 2,
+            c_int64,
+            *[c_void_p] * 3,
+            c_int64,
+            *[c_void_p] * 3,
+            c_int,
+            c_void_p,
+        )
+
+    @staticmethod
+    def fit(dtype: torch.dtype, key_dim: int, value_dim: int, block_size: int) -> bool:
+        """Whether attention of this shape can be computed here."""
+        return (
+            dtype == torch.bfloat16
+            and key_dim % STEP == value_dim % TILE == block_size % TILE == 0
+            and max(key_dim, value_dim) <= MAX_DIM
+            and usable()
+        )
+
+    def attend(
+        self,
+        how: Attention,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        tables: Tensor,
+        starts: Tensor,
+        positions: Tensor,
+        out: Tensor,
+        packed: Tensor,
+    ) -> None:
+        """Each row attends to its sequence's tokens up to its own position. Tensors are on the CPU; nobody
+        checks.
+
+        Args:
+            query: [rows, at least heads * key_dim], the rows may be further apart
+            keys: [blocks, block_size, key_heads, key_dim], the blocks one after the other
+            values: [blocks, block_size, key_heads, value_dim], likewise
+            tables: [sequences, blocks], int32
+            starts: [sequences + 1], int32: sequence i has the rows [starts[i], starts[i + 1])
+            positions: [rows], int64
+            out: [rows, heads * value_dim], written
+            packed: scratch for `num_packed` values
+        """
+        self._attend(
+            ctypes.byref(how),
+            query.data_ptr(),
+            query.stride(0),
+            keys.data_ptr(),
+            values.data_ptr(),
+            tables.data_ptr(),
+            tables.stride(0),
+            starts.data_ptr(),
+            positions.data_ptr(),
+            out.data_ptr(),
+            len(tables),
+            packed.data_ptr(),
+        )
+
+
+def num_packed(ends: list[int], key_heads: int, value_dim: int) -> int:
+    """Scratch values that `Chunks.attend` needs at most for sequences that end at these tokens."""
+    return sum(-(-end // STEP) for end in ends) * STEP * key_heads * value_dim
+
+
+def _function(name: str, *arguments: Any) -> Any:
     function = getattr(loaded()[0], name)
-    function.argtypes, function.restype = [c_void_p] * pointers + [c_int] * numbers, None
+    function.argtypes, function.restype = arguments, None
     return function

@@ -98,6 +98,8 @@ inline Floats exponential(Floats exponent) {
   return exponent == exponent ? p : exponent;
 }
 
+inline Floats hyperbolic_tangent(Floats x) { return 1.0f - 2.0f / (exponential(2.0f * x) + 1.0f); }
+
 template <class T>
 inline Floats silu(Floats x) {
   return rounded<T>(x / (exponential(-x) + 1.0f));
