@@ -1,5 +1,7 @@
 """A worker, whole but for its model: claims, generates, publishes, hands over, seals."""
 
+import asyncio
+
 from arq.connections import ArqRedis
 
 from llmboost import keys
@@ -9,6 +11,7 @@ from llmboost.jobs import Prompt
 from llmboost.queue import JobQueue
 from llmboost.registry import Registry
 from llmboost.streams import TokenStreams, Writer
+from llmboost_worker.audience import AudienceWatch
 from llmboost_worker.text import Tokenizer, encode_prompt
 from tests.integration.deaths import begin, die
 from tests.integration.workers import (
@@ -157,6 +160,22 @@ async def test_a_stream_that_nobody_reads_is_sealed_within_the_grace(
     assert terminal.error is not None
     assert terminal.error.code == "client_gone"
     assert (await transcript(streams, read)).terminal is None
+
+
+async def test_a_job_that_nobody_waits_for_any_more_is_not_run_until_the_next_round(
+    queue: JobQueue, streams: TokenStreams
+) -> None:
+    """A queue full of what clients have left would cost a round each."""
+    job, ends = make_job(max_tokens=900), list[str]()
+    watch = AudienceWatch(streams, 600.0, "w", running=list, end=lambda job_id, _: ends.append(job_id))
+    await queue.submit(job, audience=0.001)
+    task = asyncio.create_task(watch.run())
+    watch.add(job)
+    terminal = await ended(streams, job)
+    task.cancel()
+    assert terminal.error is not None
+    assert terminal.error.code == "client_gone"
+    await queue.discard(job.id)
 
 
 async def test_a_prompt_over_the_context_is_refused_with_both_lengths(
