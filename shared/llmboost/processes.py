@@ -35,6 +35,9 @@ _STEADY_S = 30.0
 """A process that has lived this long had started well: its next death counts as the first."""
 _LONGEST_PAUSE_S = 8.0
 _TICK_S = 0.2
+_SIGNALS_S = 0.5
+"""How long the main thread waits at a time. The system may give a signal to another thread; its handler then
+runs when the main thread is back from waiting, and from a wait without an end it would never be."""
 _PATIENCE_S = 15.0
 """How long a process may take to end when it has nothing to wait for."""
 _FIRST_NOTE_S, _NOTES_S = 5.0, 20.0
@@ -97,7 +100,7 @@ class Processes:
         atexit.register(self.stop)  # on Linux the leash would do; elsewhere nothing else does
         self._thread.start()
         try:
-            if self._started.get():
+            if self._has_started():
                 return True
         except BaseException:  # Ctrl-C, where nobody has taken it over
             self.request_kill()
@@ -110,14 +113,15 @@ class Processes:
 
     def wait(self) -> None:
         """Waits until everything has ended, by request or because of a `failure`."""
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(_SIGNALS_S)
 
     def stop(self) -> None:
         """Lets running responses finish, stops everything and waits until it is gone. May be called twice."""
         atexit.unregister(self.stop)
         self.request_stop()
         if self._thread.ident is not None:
-            self._thread.join()
+            self.wait()
 
     def request_stop(self) -> None:
         """Begins to stop. A signal handler may call this."""
@@ -126,6 +130,12 @@ class Processes:
     def request_kill(self) -> None:
         """Ends everything at once. A signal handler may call this."""
         self._requests.put("kill")
+
+    def _has_started(self) -> bool:
+        """Waits until it has, or has ended instead."""
+        while True:
+            with suppress(queue.Empty):
+                return self._started.get(timeout=_SIGNALS_S)
 
     def __enter__(self) -> "Processes":
         self.start()

@@ -1,8 +1,10 @@
 """`llmboost bench` against servers that answer well, badly, or in their own way."""
 
 import asyncio
+import errno
 import itertools
 import json
+import os
 import shlex
 import signal
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 import pytest
 
 from llmboost.cli import commands
-from llmboost.cli.bench import run
+from llmboost.cli.bench import report, run
 from llmboost.cli.bench.options import parse
 from llmboost.cli.bench.run import measure
 from llmboost.cli.bench.target import TargetError
@@ -376,6 +378,22 @@ def test_only_failures_are_exit_code_1_and_a_table(capsys: pytest.CaptureFixture
     out, err = capsys.readouterr()
     assert "3 failed, status 500: broken" in out
     assert "Traceback" not in out + err
+
+
+def test_figures_that_cant_be_kept_are_shown_and_the_exit_code_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(report, "write", full)
+    file = str(tmp_path / "one.json")
+    with ScriptedServer() as server:
+        words = ["--num-requests", "2", "--prompt-tokens", "4", "--output-tokens", "3", "--warmup", "0"]
+        assert commands.run(["bench", server.url, *words, "--json", file]) == 1
+    out, err = capsys.readouterr()
+    assert "2 ok, 0 failed" in out
+    assert f"--json {file!r} can't be written: No space left" in err
 
 
 def test_ctrl_c_shows_what_there_is() -> None:

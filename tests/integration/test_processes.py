@@ -4,6 +4,8 @@ import os
 import re
 import signal
 import sys
+import threading
+import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -242,6 +244,33 @@ def test_a_failure_to_start_is_an_exception_with_the_log() -> None:
     with pytest.raises(ProcessesError, match="no model 'unknown'") as error:
         Processes(ServeSettings(model="unknown"), api=False).start()
     assert "threads=" in error.value.log
+
+
+@pytest.mark.usefixtures("_standins")
+def test_a_signal_that_another_thread_is_given_is_heard_by_who_waits() -> None:
+    """The system chooses the thread; the handler runs in the main one, when that is back from waiting."""
+    heard, in_time = threading.Event(), []
+    main = threading.main_thread().ident
+
+    def is_waiting() -> bool:
+        return any(frame.name == "wait" for frame in traceback.extract_stack(sys._current_frames()[main]))
+
+    def send() -> None:
+        wait_until(is_waiting)
+        signal.raise_signal(signal.SIGUSR1)  # to this thread
+        in_time.append(heard.wait(5))
+        processes.request_stop()
+
+    before = signal.signal(signal.SIGUSR1, lambda *_: heard.set())
+    try:
+        with Processes(ServeSettings(model="some/model"), api=False) as processes:
+            sender = threading.Thread(target=send)
+            sender.start()
+            processes.wait()
+            sender.join()
+            assert in_time == [True]
+    finally:
+        signal.signal(signal.SIGUSR1, before)
 
 
 # Which worker gets what.

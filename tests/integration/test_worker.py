@@ -1,14 +1,18 @@
 """A worker, whole but for its model: claims, generates, publishes, hands over, seals."""
 
+import asyncio
+import time
+
 from arq.connections import ArqRedis
 
 from llmboost import keys
 from llmboost.connection import serialize
 from llmboost.entries import ChoiceDelta, Delta, Started, StreamError, Terminal, Usage
-from llmboost.jobs import Prompt
+from llmboost.jobs import GenerationJob, Prompt
 from llmboost.queue import JobQueue
 from llmboost.registry import Registry
 from llmboost.streams import TokenStreams, Writer
+from llmboost_worker.audience import AudienceWatch
 from llmboost_worker.text import Tokenizer, encode_prompt
 from tests.integration.deaths import begin, die
 from tests.integration.workers import (
@@ -157,6 +161,52 @@ async def test_a_stream_that_nobody_reads_is_sealed_within_the_grace(
     assert terminal.error is not None
     assert terminal.error.code == "client_gone"
     assert (await transcript(streams, read)).terminal is None
+
+
+async def test_a_job_that_nobody_waits_for_any_more_is_not_run_until_the_next_round(
+    queue: JobQueue, streams: TokenStreams
+) -> None:
+    """A queue full of what clients have left would cost a round each."""
+    job, ends = make_job(max_tokens=900), list[str]()
+    watch = AudienceWatch(streams, 600.0, "w", running=list, end=lambda job_id, _: ends.append(job_id))
+    await queue.submit(job, audience=0.001)
+
+    async def has_lapsed() -> bool:
+        return (await streams.audience([job.id]))[0] < 0
+
+    await wait_until(has_lapsed)
+    task = asyncio.create_task(watch.run())
+    watch.add(job)
+    terminal = await ended(streams, job)
+    task.cancel()
+    assert terminal.error is not None
+    assert terminal.error.code == "client_gone"
+    await queue.discard(job.id)
+
+
+async def test_readers_are_not_gone_because_the_machine_stood_still(
+    queue: JobQueue, streams: TokenStreams
+) -> None:
+    """No pod could renew its promises either; it does as soon as it runs again."""
+    job, rounds, ends = make_job(max_tokens=900), list[int](), list[str]()
+
+    def running() -> list[GenerationJob]:
+        rounds.append(1)
+        return [job]
+
+    watch = AudienceWatch(streams, 1.0, "w", running, end=lambda job_id, _: ends.append(job_id))
+    await queue.submit(job, audience=0.3)
+    task = asyncio.create_task(watch.run())
+    await wait_until(lambda: rounds)
+    before = len(rounds)
+    asyncio.get_running_loop().call_soon(time.sleep, 0.5)  # all of this process
+    await wait_until(lambda: len(rounds) > before)
+    await streams.renew_audience([job.id], 60)
+    await wait_until(lambda: len(rounds) > before + 1)
+    task.cancel()
+    assert not ends
+    assert (await transcript(streams, job)).terminal is None
+    await queue.cancel(job.id, Terminal("test"))
 
 
 async def test_a_prompt_over_the_context_is_refused_with_both_lengths(

@@ -72,6 +72,7 @@ def test_a_seed_is_another_one_each_time_unless_it_is_given() -> None:
         ("--num-prefixes 2", "give --shared-prefix-tokens too"),
         ("--prompt-tokens 256-16", "--prompt-tokens '256-16' goes from more to less: 16-256 is meant"),
         ("--output-tokens 0", "--output-tokens '0' must be a number of tokens, or a range"),
+        ("--temperature 0,5", "--temperature '0,5' must be from 0 to 2"),
         ("--slo first:200", "--slo 'first:200' must be one of ttft, itl, tpot, e2e"),
         ("--extra-body [1]", "--extra-body '[1]' must be a JSON object"),
         ("--extra-body {", "--extra-body '{' is not JSON"),

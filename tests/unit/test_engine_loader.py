@@ -20,10 +20,12 @@ from transformers import (
     ViTConfig,
 )
 
+from llmboost.settings import WorkerSettings
 from llmboost_worker.engine.interface import EngineError, EngineInfo
 from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
 from llmboost_worker.engine.transformers.loading import architecture
 from llmboost_worker.engine.transformers.runner import ModelRunner
+from llmboost_worker.models import load_model
 from tests.unit.engine_configs import COMMON, CONFIGS, EOS
 from tests.unit.engine_models import driving, prompt, request, save_model
 
@@ -122,10 +124,30 @@ def test_a_config_of_no_known_model(copy: Path) -> None:
         start(change(copy, model_type="unheard-of"))
 
 
-def test_broken_weights(copy: Path) -> None:
-    (copy / "model.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(EngineError, match="can't load the weights"):
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "words"),
+    [
+        ("model.safetensors", b"nonsense", r"model\.safetensors is damaged or not complete.*fetch it again"),
+        ("model.safetensors", POINTER, r"model\.safetensors is a pointer of Git LFS.*git lfs pull"),
+        ("pytorch_model.bin", b"\x80\x04nonsense", r"pytorch_model\.bin is damaged.*fetch it again"),
+    ],
+    ids=["damaged", "pointer", "bin"],
+)
+def test_a_file_of_weights_that_is_not_whole_is_named(
+    copy: Path, file: str, content: bytes, words: str
+) -> None:
+    (copy / "model.safetensors").unlink()
+    (copy / file).write_bytes(content)
+    with pytest.raises(EngineError, match=f"can't load the weights.*{words}"):
         start(copy)
+
+
+def test_weights_of_another_shape_are_named(copy: Path) -> None:
+    with pytest.raises(EngineError, match=r"'lm_head\.weight' in the shape \[300, 64\].*\[400, 64\]"):
+        start(change(copy, vocab_size=400))
 
 
 def test_weights_that_are_not_all_there(copy: Path) -> None:
@@ -156,6 +178,8 @@ def test_a_context_that_memory_cannot_hold(llama: Path) -> None:
         start(llama, kv_cache_memory=0.0001)
     limit = int(str(caught.value).split("(to ")[1].split()[0])
     assert start(llama, kv_cache_memory=0.0001, max_model_len=limit).max_model_len == limit
+    with pytest.raises(EngineError, match=r"needs 0\.0\d+ GiB.*gives 1e-06 GiB: raise kv_cache_memory"):
+        start(llama, kv_cache_memory=0.000001)
 
 
 def test_more_cache_than_there_is_memory(llama: Path) -> None:
@@ -216,6 +240,18 @@ def test_encoder_decoders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(EngineError, match=r"t5.*encoder-decoder"):
         start(tmp_path)
+
+
+@pytest.mark.parametrize("has_config", [True, False])
+def test_what_can_not_be_served_is_refused_before_its_tokenizer_is_looked_for(
+    has_config: bool, tmp_path: Path
+) -> None:
+    T5Config().save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    if not has_config:
+        (tmp_path / "config.json").write_text("{")
+    with pytest.raises(EngineError, match="encoder-decoder" if has_config else r"can't use config\.json"):
+        load_model(WorkerSettings(model=str(tmp_path)))
 
 
 def test_a_model_that_is_no_language_model_is_refused_by_name(tmp_path: Path) -> None:

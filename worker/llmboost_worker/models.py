@@ -26,9 +26,16 @@ def load_model(settings: WorkerSettings) -> tuple[Engine, Tokenizer]:
         EngineError, TokenizerError: there is none; says why.
     """
     model = locate(settings.model)
-    tokenizer = Tokenizer.load(model, settings.revision, settings.trust_remote_code)
-    make = _vllm_engine if settings.engine == "vllm" else _transformers_engine
-    return make(settings, model, tokenizer), tokenizer
+    if settings.engine == "vllm":
+        tokenizer = _tokenizer(settings, model)
+        return _vllm_engine(settings, model, tokenizer), tokenizer
+    from llmboost_worker.engine.transformers import TransformersEngine
+    from llmboost_worker.engine.transformers.loading import loader
+
+    config = _transformers_config(settings, model)
+    loader.check(config)  # first: a model that can't be served need not have a tokenizer
+    tokenizer = _tokenizer(settings, model)
+    return TransformersEngine(config, tokenizer.token_bytes), tokenizer
 
 
 def follow(settings: WorkerSettings) -> int:
@@ -42,20 +49,18 @@ def follow(settings: WorkerSettings) -> int:
     return followers.follow(_transformers_config(settings, locate(settings.model)), place)
 
 
-def _transformers_engine(settings: WorkerSettings, model: str, tokenizer: Tokenizer) -> Engine:
-    from llmboost_worker.engine.transformers import TransformersEngine
+def _tokenizer(settings: WorkerSettings, model: str) -> Tokenizer:
+    return Tokenizer.load(model, settings.revision, settings.trust_remote_code)
+
+
+def _transformers_config(settings: WorkerSettings, model: str) -> "EngineConfig":
+    from llmboost_worker.engine.transformers import EngineConfig
 
     if settings.pp > 1:
         raise EngineError(
             f"--pp is {settings.pp}, but the {settings.engine} engine has a part of every layer on each "
             "device: use --pp 1, and --tp for more devices"
         )
-    return TransformersEngine(_transformers_config(settings, model), tokenizer.token_bytes)
-
-
-def _transformers_config(settings: WorkerSettings, model: str) -> "EngineConfig":
-    from llmboost_worker.engine.transformers import EngineConfig
-
     try:
         return EngineConfig(
             **_of_every_engine(settings, model),

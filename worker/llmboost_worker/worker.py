@@ -71,6 +71,7 @@ class WorkerProcess:
         self.engine: Engine | None = None
         self.generator: Generator | None = None
         self.cards: list[ModelCard] = []
+        self._watch: AudienceWatch | None = None
         self._tasks: list[asyncio.Task[None]] = []
         self.arq = LeasedWorker(
             self.queue,
@@ -112,7 +113,7 @@ class WorkerProcess:
         self.cards = [
             ModelCard(name, self.names[0], info.max_model_len, int(time.time())) for name in self.names
         ]
-        watch = AudienceWatch(
+        watch = self._watch = AudienceWatch(
             self.streams,
             self.settings.grace,
             self.id,
@@ -171,8 +172,11 @@ class WorkerProcess:
 
     async def generate(self, ctx: dict[Any, Any], opaque: OpaqueJob) -> None:
         """arq's function: runs one job."""
+        job = opaque.decode()
+        if self._watch is not None:
+            self._watch.add(job)
         try:
-            await self._generator.run(opaque.decode(), current_claim.get().attempt)
+            await self._generator.run(job, current_claim.get().attempt)
         except GaveWay:
             raise RetryJob from None
 

@@ -38,12 +38,14 @@ def render_chat(tokenizer: Any, messages: list[dict[str, Any]], now: float) -> s
     clock = _now.set(now)
     try:
         template = tokenizer.get_chat_template()
-        _pin_clock(template)
+        _prepare(template)
         text: str = tokenizer.apply_chat_template(
             chat, chat_template=template, tokenize=False, add_generation_prompt=True
         )
     except ImportError as error:
         raise TokenizerError(f"Chat templates can't be run: {error}") from error
+    except PromptError:
+        raise
     except Exception as error:  # templates raise what Python raises: TypeError for none + "", ...
         raise PromptError(
             f"The model's chat template refused the messages: {_sentence(error)} "
@@ -61,16 +63,26 @@ def _sentence(error: Exception) -> str:
     return (str(error) or type(error).__name__).rstrip(". ") + "."
 
 
-def _pin_clock(template: str) -> None:
-    """Makes `strftime_now` of this template tell the time of the job.
+def _prepare(template: str) -> None:
+    """Compiles the template, and makes its `strftime_now` tell the time of the job.
 
     Llama 3's and other templates write today's date. By transformers' own `strftime_now` a job resumed after
     midnight, or in another time zone, would continue another prompt than its first tokens had. There is no
     public way: what is passed to a template is turned into plain data first, so a function can't be.
     """
+    from jinja2 import TemplateSyntaxError
     from transformers.utils import chat_template_utils
 
-    compiled = chat_template_utils._compile_jinja_template(template)  # cached: the one that will be rendered
+    try:
+        # Cached: the one that will be rendered.
+        compiled = chat_template_utils._compile_jinja_template(template)
+    except TemplateSyntaxError as error:
+        raise PromptError(
+            f"This model's chat template is broken, so it can't answer messages: {_sentence(error)} Tell the "
+            "operator, or send `prompt` to /v1/completions.",
+            param="messages",
+            code="broken_chat_template",
+        ) from error
     compiled.environment.globals["strftime_now"] = _strftime_now
 
 

@@ -5,13 +5,15 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from llmboost.cli.bench import report
 from llmboost.cli.bench.options import STANDARD, parse
 from llmboost.cli.flags import UsageError
 
 INTERRUPTED = 130
+
+Place = TypeVar("Place", str, Path)
 
 
 def run_command(argv: Sequence[str]) -> int:
@@ -40,13 +42,11 @@ def run_command(argv: Sequence[str]) -> int:
     if not found["points"]:
         print("llmboost bench: no request had ended", file=sys.stderr)
         return INTERRUPTED
-    try:
-        if options.json is not None:
-            report.write(found, options.json)
-        if draw is not None and options.plot is not None:
-            draw([found, *others], options.plot)
-    except OSError as error:
-        print(f"llmboost bench: error: {error}", file=sys.stderr)
+    is_written = True
+    if options.json is not None:
+        is_written &= _written("--json", options.json, lambda place: report.write(found, place))
+    if draw is not None and options.plot is not None:
+        is_written &= _written("--plot", options.plot, lambda place: draw([found, *others], place))
     if options.json == STANDARD:
         for line in table.remarks(found):
             print(line, file=sys.stderr)
@@ -54,7 +54,18 @@ def run_command(argv: Sequence[str]) -> int:
         table.show([found, *others], table.console())
     if found["interrupted"]:
         return INTERRUPTED
-    return 0 if any(point["requests"]["ok"] for point in found["points"]) else 1
+    return 0 if is_written and any(point["requests"]["ok"] for point in found["points"]) else 1
+
+
+def _written(flag: str, place: Place, write: Callable[[Place], None]) -> bool:
+    """Whether it could be written; says why not, for what has been measured is to be shown all the same."""
+    try:
+        write(place)
+    except OSError as error:
+        why = error.strerror or error
+        print(f"llmboost bench: error: {flag} {str(place)!r} can't be written: {why}", file=sys.stderr)
+        return False
+    return True
 
 
 def _plotter() -> Callable[[Sequence[dict[str, Any]], Path], None]:

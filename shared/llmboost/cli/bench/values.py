@@ -110,8 +110,8 @@ def temperatures(flag: str, text: str) -> tuple[float, ...]:
     """`T,T,...`"""
     found = tuple(_float(flag, part) for part in _parts(flag, text))
     for value in found:
-        if value < 0:
-            raise UsageError(f"{flag} {text!r} must be 0 or more")
+        if not 0 <= value <= 2:  # else the server refuses the value, and it would look as if it did the field
+            raise UsageError(f"{flag} {text!r} must be from 0 to 2")
     return found
 
 

@@ -1,13 +1,10 @@
 """From a name to a model in memory, or to an error that says what to do."""
 
 import logging
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from llmboost.machine import available_cores, available_memory
@@ -17,14 +14,13 @@ from llmboost_worker.engine.transformers.attention.torch_backend import TorchBac
 from llmboost_worker.engine.transformers.cache import KeyValueCache, LayerShape, bytes_per_token
 from llmboost_worker.engine.transformers.config import EngineConfig
 from llmboost_worker.engine.transformers.forward import Forward, ModelForward
-from llmboost_worker.engine.transformers.loading import architecture
+from llmboost_worker.engine.transformers.loading import architecture, checkpoint
 from llmboost_worker.engine.transformers.ranks import Ranks
 
 logger = logging.getLogger(__name__)
 
 GIB = 1 << 30
 MIN_MODEL_LEN = 32
-WEIGHTS = ("*.safetensors", "*.bin")
 REFERENCE = "eager"
 """transformers' plainest attention: supports everything, and is what the self-test compares with."""
 
@@ -46,6 +42,20 @@ class LoadedModel:
     eos_token_ids: tuple[int, ...]
 
 
+def check(config: EngineConfig) -> Any:
+    """The model's configuration, as far as that says that it can be served.
+
+    Raises:
+        EngineError: it can't be.
+    """
+    model_config = checkpoint.read_config(config)
+    name, text_config = model_config.model_type, model_config.get_text_config(decoder=True)
+    architecture.check_config(name, text_config)
+    architecture.check_split(name, text_config, config.tp)
+    architecture.class_of(name, model_config)
+    return model_config
+
+
 def load(config: EngineConfig, local_rank: int = 0) -> LoadedModel:
     """Reads configuration and weights, and puts the engine's attention into the model. With `config.tp`, all
     ranks do this at the same time, and have a part of the weights each.
@@ -56,39 +66,28 @@ def load(config: EngineConfig, local_rank: int = 0) -> LoadedModel:
     device = device_of(config, local_rank)
     if device.type == "cpu":
         torch.set_num_threads(config.threads or max(1, available_cores() // config.tp))
-    _check_folder(config.model)
-    options: dict[str, Any] = {"revision": config.revision, "trust_remote_code": config.trust_remote_code}
-    try:
-        model_config = AutoConfig.from_pretrained(config.model, **options)
-    except Exception as error:
-        raise _not_found(config, error) from error
+    model_config = check(config)
     name, text_config = model_config.model_type, model_config.get_text_config(decoder=True)
-    architecture.check_config(name, text_config)
-    architecture.check_split(name, text_config, config.tp)
-    model_class = architecture.class_of(name, model_config)
     max_model_len = _max_model_len(config, text_config)
     dtype = _dtype(config.dtype, device)
+    options = checkpoint.options_of(config)
     if config.tp > 1:
         options["distributed_config"] = DistributedConfig(tp_size=config.tp)
     model: Any
     report: dict[str, Any]
     try:
-        model, report = model_class.from_pretrained(
+        model, report = architecture.class_of(name, model_config).from_pretrained(
             config.model,
             config=model_config,
             dtype=dtype,
             attn_implementation=REFERENCE,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # by the report they are refused, with their names
             **options,
         )
     except Exception as error:
-        raise EngineError(f"can't load the weights of {config.model!r}: {error}") from error
-    if missing := sorted(report["missing_keys"]):
-        # transformers would serve random numbers in their place.
-        raise EngineError(
-            f"the checkpoint {config.model!r} lacks {len(missing)} of the model's weights, {missing[0]!r} "
-            "for one: is it complete, and of a causal language model?"
-        )
+        raise checkpoint.unloaded(config.model, error) from error
+    checkpoint.check_report(config.model, report)
     architecture.check_class(name, model)
     model = model.eval().requires_grad_(False).to(device)
     layers = architecture.layers_of(name, model, text_config, max_model_len)
@@ -122,17 +121,18 @@ def make_cache(config: EngineConfig, loaded: LoadedModel, ranks: Ranks | None = 
     if ranks is not None:
         num_blocks = ranks.fewest(num_blocks)
     if num_blocks < longest + 1:
+        fits = (num_blocks - 1) * block_size
+        lower = f"lower max_model_len (to {fits} at most) or " if fits >= MIN_MODEL_LEN else ""
         raise EngineError(
             f"one sequence of max_model_len={loaded.max_model_len} tokens needs "
-            f"{(longest + 1) * per_block / GIB:.2f} GiB of keys and values, and {origin} "
-            f"{given / GIB:.2f} GiB: lower max_model_len (to {max(0, num_blocks - 1) * block_size} at most) "
-            "or raise kv_cache_memory"
+            f"{_gib((longest + 1) * per_block)} of keys and values, and {origin} {_gib(given)}: "
+            f"{lower}raise kv_cache_memory"
         )
     try:
         return KeyValueCache(loaded.layers, num_blocks, block_size, loaded.dtype, loaded.device)
     except (RuntimeError, OSError) as error:  # of torch's allocator, of the kernel
         raise EngineError(
-            f"no memory for {num_blocks * per_block / GIB:.2f} GiB of keys and values: lower kv_cache_memory "
+            f"no memory for {_gib(num_blocks * per_block)} of keys and values: lower kv_cache_memory "
             f"({error})"
         ) from error
 
@@ -146,10 +146,15 @@ def _cache_bytes(config: EngineConfig, loaded: LoadedModel) -> tuple[int, str]:
     given = int(config.kv_cache_memory * GIB)
     if given > available:
         raise EngineError(
-            f"kv_cache_memory is {config.kv_cache_memory}, but {available / GIB:.2f} GiB are available on "
+            f"kv_cache_memory is {config.kv_cache_memory}, but {_gib(available)} are available on "
             f"{loaded.device}: lower kv_cache_memory"
         )
     return given, "kv_cache_memory gives"
+
+
+def _gib(size: int) -> str:
+    """Bytes for a reader, who may want to know how few they are."""
+    return f"{size / GIB:{'.2f' if size > GIB / 10 else '.2g'}} GiB"
 
 
 def _free_memory(device: torch.device) -> int:
@@ -190,32 +195,6 @@ def _dtype(name: str, device: torch.device) -> torch.dtype | str:
     return dtype
 
 
-def _check_folder(model: str) -> None:
-    """Says what is wrong with a folder before transformers takes its path for a name on the hub."""
-    folder = Path(model).expanduser()
-    if not folder.is_dir():
-        if folder.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-            raise EngineError(f"there is no model folder {model!r} (looked for {folder.absolute()})")
-        return
-    if not (folder / "config.json").is_file():
-        raise EngineError(
-            f"the folder {model!r} has no config.json: a model in Hugging Face's layout needs config.json, "
-            "tokenizer files and *.safetensors"
-        )
-    if not any(path for pattern in WEIGHTS for path in folder.glob(pattern)):
-        raise EngineError(f"the folder {model!r} has no weights (looked for {', '.join(WEIGHTS)})")
-
-
-def _not_found(config: EngineConfig, error: Exception) -> EngineError:
-    if os.path.isdir(config.model):
-        return EngineError(f"can't use config.json of {config.model!r}: {error}")
-    revision = f" at revision {config.revision!r}" if config.revision else ""
-    return EngineError(
-        f"found no model {config.model!r}{revision}: there is no folder of that name here, and the Hugging "
-        f"Face hub didn't give it. Check the name, the network, and HF_TOKEN if the model is gated. ({error})"
-    )
-
-
 def _max_model_len(config: EngineConfig, text_config: Any) -> int:
     limit = architecture.position_limit(text_config)
     if limit is None and config.max_model_len is None:
@@ -227,7 +206,8 @@ def _max_model_len(config: EngineConfig, text_config: Any) -> int:
         )
     max_model_len = config.max_model_len or limit or 0
     if max_model_len < MIN_MODEL_LEN:
-        raise EngineError(f"max_model_len is {max_model_len}, but the self-test needs {MIN_MODEL_LEN}")
+        what = "max_model_len is" if config.max_model_len else f"the positions of {config.model!r} are"
+        raise EngineError(f"{what} {max_model_len}, but the self-test needs {MIN_MODEL_LEN}")
     return max_model_len
 
 

@@ -2,6 +2,7 @@
 and through the engine's."""
 
 import logging
+import math
 from dataclasses import dataclass
 
 import torch
@@ -80,7 +81,7 @@ def run(loaded: LoadedModel, expected: Reference, quantization: Quantization) ->
             _compare(loaded, layertest.attended(loaded, case), case.expected, what, tolerance)
         for sequence, logits in _computed(loaded):
             noise = min(3 * expected.noise[sequence], MOST_NOISE)
-            _compare(loaded, logits, expected.logits[sequence], "logits", max(tolerance, noise))
+            _compare(loaded, logits, expected.logits[sequence], "logits", max(tolerance, noise), quantization)
     except EngineError:
         raise
     except Exception as error:
@@ -144,13 +145,25 @@ def _sequence(id: str, ids: list[int], info: EngineInfo) -> Sequence:
     return Sequence(SequenceRequest(id, ids, SamplingParams(), max_tokens=0), info, arrival=0)
 
 
-def _compare(loaded: LoadedModel, mine: Tensor, expected: Tensor, what: str, tolerance: float) -> None:
+def _compare(
+    loaded: LoadedModel,
+    mine: Tensor,
+    expected: Tensor,
+    what: str,
+    tolerance: float,
+    quantization: Quantization = "none",
+) -> None:
     if not expected.isfinite().all():
         raise EngineError(
             f"the model's {what} are not finite in {loaded.dtype}: choose another dtype; if it is the one "
             "that the model was made for, its weights are damaged: fetch them again"
         )
     distance = _distance(mine, expected)
+    if quantization == "int8" and tolerance < distance < math.inf:
+        raise EngineError(
+            f"this {loaded.model.config.model_type!r} model loses too much by weights in int8 (relative "
+            f"distance of its {what} {distance:.2g}, {tolerance:.2g} at most): use --quantization none"
+        )
     if not distance <= tolerance:
         raise refusal(
             loaded.model.config.model_type,
