@@ -8,7 +8,8 @@ from arq.connections import ArqRedis
 
 from llmboost.entries import REQUEST_LOST, ChoiceDelta, Delta, Terminal
 from llmboost.queue import JobQueue
-from llmboost.streams import StreamFenced, TokenStreams, Transcript, Writer
+from llmboost.streams import StreamFenced, TokenStreams, Writer
+from llmboost.transcript import Transcript
 from llmboost_worker.engine.interface import SequenceOutput, SequenceRequest
 from llmboost_worker.generation import Generator
 from llmboost_worker.publisher import Outbox, Publisher
