@@ -26,7 +26,7 @@ import enum
 import random
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -304,18 +304,10 @@ class TokenStreams(Audience):
 
     async def sealed(self, job_ids: Sequence[str]) -> list[bool | None]:
         """Whether each stream has been sealed; None: there is no such stream."""
-        return [top[0][0] == SEAL_ID.encode() if top else None for top in await self._newest(job_ids)]
-
-    async def terminals(self, job_ids: Sequence[str]) -> list[Terminal | None]:
-        """What each stream ended with; None if it has not ended, or is not there."""
-        newest = [decode(top)[0][1] if top else None for top in await self._newest(job_ids)]
-        return [entry if isinstance(entry, Terminal) else None for entry in newest]
-
-    async def _newest(self, job_ids: Sequence[str]) -> list[Any]:
         pipe = self.redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipe.xrevrange(keys.stream(job_id), count=1)
-        return await pipe.execute()
+        return [top[0][0] == SEAL_ID.encode() if top else None for top in await pipe.execute()]
 
     async def read(self, job_id: str) -> list[ReadEntry]:
         """All entries so far, without waiting; none too if there is no stream.
