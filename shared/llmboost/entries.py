@@ -32,7 +32,7 @@ REQUEST_LOST = StreamError(
 GAP = StreamError(
     "A part of the answer was lost, so it ends here. Send the request again.", code="stream_gap", status=500
 )
-"""In which a log is read to end that has a gap."""
+"""The end of a log with a gap, for whoever reads it: it is never written."""
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
