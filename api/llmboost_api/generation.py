@@ -11,12 +11,13 @@ from typing import Any
 
 from redis.exceptions import RedisError
 
-from llmboost.entries import NO_FOLLOW_UP, FollowUp, Once, StreamError, Terminal
+from llmboost.entries import GAP, NO_FOLLOW_UP, FollowUp, Once, StreamError, Terminal
 from llmboost.jobs import GenerationJob, now
 from llmboost.queue import DEADLINE_ERROR, JobQueue, QueueFull
 from llmboost.settings import ApiSettings
-from llmboost.streams import StreamGap, StreamGone, persist
+from llmboost.streams import StreamGone, persist
 from llmboost.tailer import Tailer, TailerClosed
+from llmboost.transcript import StreamGap
 from llmboost_api import errors
 from llmboost_api.errors import ApiError
 from llmboost_api.jobs import job_ids
@@ -36,9 +37,6 @@ DEADLINE_SLACK_S = 5.0
 """The reaper seals at the deadline; this much later the pod stops waiting for Redis to say so."""
 
 GONE = StreamError("The stream expired or was lost with its server.", code="stream_gone", status=410)
-GAP = StreamError(
-    "A part of the answer was lost, so it ends here. Send the request again.", code="stream_gap"
-)
 LOST_REDIS = StreamError("The queue's server failed while the answer was being read.", code="stream_lost")
 NOT_ACCEPTED = StreamError("The request was not accepted, so it was withdrawn.", code="withdrawn", status=503)
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from llmboost.audience import NOBODY_READS
-from llmboost.entries import NO_FOLLOW_UP, REQUEST_LOST, FollowUp
+from llmboost.entries import GAP, NO_FOLLOW_UP, REQUEST_LOST, FollowUp, Terminal
 from llmboost.jobs import GenerationJob, JobClass, Prompt, made_at, now
 from llmboost.queue import SubmittedBefore
 from llmboost.registry import ModelCard
@@ -21,7 +21,7 @@ from llmboost_api.protocol.form import Endpoint, Form, decode_form
 from llmboost_api.protocol.sampling import GenerationRequest
 from llmboost_api.stored import StoredAnswer
 
-_NO_ANSWER = {error.code for error in (NOBODY_READS, REQUEST_LOST, NOT_ACCEPTED)}
+_NO_ANSWER = {error.code for error in (NOBODY_READS, REQUEST_LOST, GAP, NOT_ACCEPTED)}
 """In which requests end that nobody waited for, or that were lost. Who sends one again is to be answered."""
 
 
@@ -156,10 +156,12 @@ async def _form(pod: Pod, completion_id: str) -> Form | None:
 
 async def _unanswered(pod: Pod, completion_id: str, form: Form) -> bool:
     """Whether it has ended, for no fault of its own, in what is no answer to whoever comes again."""
-    ends = await answered(partial(pod.streams.terminals, job_ids(completion_id, form.jobs)))
-    if ends[0] is None:  # the name goes with this job
+    logs = await answered(partial(pod.streams.read_each, job_ids(completion_id, form.jobs)))
+    ends = [log[-1][1] if log else None for log in logs]
+    if not isinstance(ends[0], Terminal):  # the name goes with this job
         return False
-    return any(end is not None and end.error is not None and end.error.code in _NO_ANSWER for end in ends)
+    errors = [end.error for end in ends if isinstance(end, Terminal) and end.error is not None]
+    return any(error.code in _NO_ANSWER for error in errors)
 
 
 async def _join(pod: Pod, submission: Submission) -> tuple[str, Form]:

@@ -29,6 +29,10 @@ REQUEST_LOST = StreamError(
     "The request was lost before it was answered. Send it again.", code="request_lost", status=500
 )
 """With the server of Redis: the whole of it, or a part of its log."""
+GAP = StreamError(
+    "A part of the answer was lost, so it ends here. Send the request again.", code="stream_gap", status=500
+)
+"""The end of a log with a gap, for whoever reads it: it is never written."""
 
 
 class Usage(msgspec.Struct, frozen=True, array_like=True):
@@ -102,6 +106,8 @@ class Terminal(msgspec.Struct, frozen=True, array_like=True, tag="terminal"):
 
 
 Entry = Queued | Started | Delta | Terminal
+RawEntry = tuple[bytes, dict[bytes, bytes]]
+"""An entry of an XRANGE or XREAD reply."""
 ReadEntry = tuple[str, Entry]
 """(entry id, entry); the id is an opaque cursor to everyone outside this module."""
 
@@ -162,8 +168,8 @@ def encode(entry: Entry) -> bytes:
     return _encode(entry)
 
 
-def decode(raw: "Sequence[tuple[bytes, dict[bytes, bytes]]]") -> list[ReadEntry]:
-    """Entries of an XRANGE or XREAD reply."""
+def decode(raw: Sequence[RawEntry]) -> list[ReadEntry]:
+    """Entries of a reply, unchecked: `Transcript.read` is how a log is read."""
     return [(entry_id.decode(), _entry(fields)) for entry_id, fields in raw]
 
 

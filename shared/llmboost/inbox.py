@@ -1,13 +1,12 @@
 """What a subscription of the tailer holds between a read and its reader: contiguous, and bounded."""
 
-from llmboost.entries import FIELD
+from llmboost.entries import FIELD, RawEntry
 from llmboost.streams import BEGINNING, SEAL_ID, position
 
 ENTRIES = 256
 BYTES = 256 * 1024
 """Entries, and bytes of them, beyond which a subscription is not read for; one read may overshoot."""
 
-RawEntry = tuple[bytes, dict[bytes, bytes]]
 _SEAL_ID = SEAL_ID.encode()
 
 

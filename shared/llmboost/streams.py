@@ -18,14 +18,15 @@ One request has one Redis stream. This module owns its protocol; nothing else sp
   seals, and whatever dies then, it happens, once.
 - A server that was killed may come back without the end of its log. Positions show what is missing between
   two deltas, and an attempt's seal says which entry it follows: if that is not the last, it is an error.
+  Whoever reads a log does so by `llmboost.transcript`, which lets nothing pass that follows a gap.
 """
 
 import asyncio
 import enum
 import random
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from dataclasses import dataclass
+from typing import TypeVar, cast
 
 from redis.asyncio import Redis
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -34,8 +35,19 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from llmboost import keys
 from llmboost.audience import Audience
-from llmboost.entries import REQUEST_LOST, Delta, Entry, Queued, ReadEntry, Started, Terminal, decode, encode
+from llmboost.entries import (
+    REQUEST_LOST,
+    Entry,
+    Queued,
+    RawEntry,
+    ReadEntry,
+    Started,
+    Terminal,
+    decode,
+    encode,
+)
 from llmboost.lua import ENQUEUE_ARQ, NOW, Script
+from llmboost.transcript import Transcript, read_log
 
 QUEUED_ID = "0-1"
 SEAL_ATTEMPT = 2**53 - 1
@@ -68,65 +80,6 @@ class StreamSealed(StreamEnded):
 
 class StreamGone(StreamEnded):
     """The stream does not exist: expired, or lost with its server."""
-
-
-class StreamGap(Exception):
-    """An entry is missing between two that were read. Readers end with an error, never pass over it."""
-
-
-# --- Reading ----------------------------------------------------------------------------------------
-
-
-@dataclass(slots=True)
-class ChoiceTranscript:
-    """All that the log says of one choice."""
-
-    token_ids: list[int] = field(default_factory=list)
-    finish_reason: str | None = None
-
-
-@dataclass(slots=True)
-class Transcript:
-    """The state of a request after some prefix of its log; refuses a log with a gap."""
-
-    cursor: str = BEGINNING
-    queued: Queued | None = None
-    started: bool = False
-    prompt_tokens: int | None = None
-    choices: dict[int, ChoiceTranscript] = field(default_factory=dict)
-    terminal: Terminal | None = None
-
-    def apply(self, entry_id: str, entry: Entry) -> None:
-        """Takes the next entry.
-
-        Raises:
-            StreamGap: it does not continue what came before.
-        """
-        match entry:
-            case Delta(choices=deltas, prompt_tokens=prompt_tokens):
-                for delta in deltas:
-                    choice = self.choices.setdefault(delta.index, ChoiceTranscript())
-                    if delta.position != len(choice.token_ids):
-                        raise StreamGap(
-                            f"choice {delta.index} continues at token {delta.position}, "
-                            f"but {len(choice.token_ids)} were read before entry {entry_id}"
-                        )
-                    choice.token_ids.extend(delta.token_ids)
-                    choice.finish_reason = delta.finish_reason or choice.finish_reason
-                if prompt_tokens is not None:
-                    self.prompt_tokens = prompt_tokens
-            case Started():
-                self.started = True
-            case Queued():
-                self.queued = entry
-            case Terminal():
-                self.terminal = entry
-        self.cursor = entry_id
-
-    @property
-    def completion_tokens(self) -> int:
-        """Tokens of all choices so far."""
-        return sum(len(choice.token_ids) for choice in self.choices.values())
 
 
 # --- Writing ----------------------------------------------------------------------------------------
@@ -281,20 +234,18 @@ class TokenStreams(Audience):
 
         Raises:
             StreamEnded: sealed, gone, or fenced by a later attempt.
+            StreamGap: a part of it was lost, so it can't be continued.
         """
         transcript = Transcript()
-        for entry_id, entry in await persist(lambda: self._begin(writer, Started(worker))):
-            transcript.apply(entry_id, entry)
+        transcript.read(await persist(lambda: self._begin(writer, Started(worker))))
         if transcript.terminal is not None:
             raise StreamSealed(f"{writer.job_id}: sealed by {transcript.terminal.by}")
         return transcript
 
-    async def _begin(self, writer: Writer, fence: Started) -> list[ReadEntry]:
+    async def _begin(self, writer: Writer, fence: Started) -> list[RawEntry]:
         reply, raw = await _BEGIN(self.redis, [keys.stream(writer.job_id)], [writer.fence_id, encode(fence)])
         await self.check_reply(writer, writer.fence_id, reply)
-        return decode(
-            [(entry_id, dict(zip(fields[::2], fields[1::2], strict=True))) for entry_id, fields in raw]
-        )
+        return [(entry_id, dict(zip(fields[::2], fields[1::2], strict=True))) for entry_id, fields in raw]
 
     async def append(self, entries: Sequence[tuple[str, str, Entry]]) -> list[bytes | Exception | None]:
         """Appends to many streams at once, (id of the job, of the entry, entry) each; the replies go to
@@ -353,29 +304,24 @@ class TokenStreams(Audience):
 
     async def sealed(self, job_ids: Sequence[str]) -> list[bool | None]:
         """Whether each stream has been sealed; None: there is no such stream."""
-        return [top[0][0] == SEAL_ID.encode() if top else None for top in await self._newest(job_ids)]
-
-    async def terminals(self, job_ids: Sequence[str]) -> list[Terminal | None]:
-        """What each stream ended with; None if it has not ended, or is not there."""
-        newest = [decode(top)[0][1] if top else None for top in await self._newest(job_ids)]
-        return [entry if isinstance(entry, Terminal) else None for entry in newest]
-
-    async def _newest(self, job_ids: Sequence[str]) -> list[Any]:
         pipe = self.redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipe.xrevrange(keys.stream(job_id), count=1)
-        return await pipe.execute()
+        return [top[0][0] == SEAL_ID.encode() if top else None for top in await pipe.execute()]
 
     async def read(self, job_id: str) -> list[ReadEntry]:
-        """All entries so far, without waiting; none too if there is no stream."""
-        return decode(await self.redis.xrange(keys.stream(job_id)))
+        """All entries so far, without waiting; none too if there is no stream.
+
+        A log with a gap is read up to there, and once it is sealed, its end is an error: `GAP`, if no other.
+        """
+        return read_log(await self.redis.xrange(keys.stream(job_id)))
 
     async def read_each(self, job_ids: Sequence[str]) -> list[list[ReadEntry]]:
         """The same of several streams, in one round trip."""
         pipe = self.redis.pipeline(transaction=False)
         for job_id in job_ids:
             pipe.xrange(keys.stream(job_id))
-        return [decode(entries) for entries in await pipe.execute()]
+        return [read_log(entries) for entries in await pipe.execute()]
 
     async def find(self, job_id: str, entry_id: str) -> tuple[Queued | None, bool]:
         """What the stream begins with, None if it does not exist; and whether it holds an entry."""

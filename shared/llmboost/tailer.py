@@ -26,20 +26,12 @@ from redis.exceptions import RedisError
 
 from llmboost import keys
 from llmboost.connection import BLOCK_S, connect
-from llmboost.entries import ReadEntry, decode
-from llmboost.inbox import Inbox, RawEntry
+from llmboost.entries import RawEntry, ReadEntry
+from llmboost.inbox import Inbox
 from llmboost.lua import Script
 from llmboost.news import News
-from llmboost.streams import (
-    StreamGap,
-    StreamGone,
-    TokenStreams,
-    Transcript,
-    is_passing,
-    is_refusal,
-    persist,
-    position,
-)
+from llmboost.streams import StreamGone, TokenStreams, is_passing, is_refusal, persist, position
+from llmboost.transcript import StreamGap, Transcript
 
 logger = logging.getLogger(__name__)
 
@@ -121,22 +113,15 @@ class Subscription:
         entries = self._inbox.take()
         if was_full:
             self._tailer._refresh(self.key)
-        return self._check(entries)
-
-    def _check(self, raw: list[RawEntry]) -> list[ReadEntry]:
-        """Decodes a batch, up to a gap if there is one; then the next call raises."""
-        batch = decode(raw)
-        for i, (entry_id, entry) in enumerate(batch):
-            try:
-                self._transcript.apply(entry_id, entry)
-            except StreamGap as gap:
-                self._inbox.take()
-                self._fail(gap)
-                self._tailer._refresh(self.key)
-                if i == 0:
-                    raise
-                return batch[:i]
-        return batch
+        try:
+            return self._transcript.read(entries)
+        except StreamGap as gap:  # Up to there; then the next call raises.
+            self._inbox.take()
+            self._fail(gap)
+            self._tailer._refresh(self.key)
+            if not gap.before:
+                raise
+            return gap.before
 
     # For the tailer
 

@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 from openai import AsyncOpenAI
 
-from llmboost.entries import Started
-from llmboost.streams import TokenStreams, Transcript
+from llmboost.entries import GAP, Started
+from llmboost.streams import TokenStreams
+from llmboost.transcript import Transcript
 from tests.e2e.system import MODEL
 
 STORY = "Write a short story about AI, in 100 words."
@@ -121,6 +122,7 @@ async def transcript(streams: TokenStreams, job_id: str) -> Transcript:
     whole = Transcript()
     for entry_id, entry in await streams.read(job_id):
         whole.apply(entry_id, entry)
+    assert whole.terminal is None or whole.terminal.error != GAP, f"{job_id} has a gap"
     return whole
 
 

@@ -116,7 +116,8 @@ def _seal_off() -> list[Any]:
 @_mutant("fence after the read", "what an attempt has read is all that anyone older will have written (3.3)")
 def _fence_after_read() -> list[Any]:
     from llmboost.entries import Started
-    from llmboost.streams import StreamSealed, Transcript, Writer, persist
+    from llmboost.streams import StreamSealed, Writer, persist
+    from llmboost.transcript import Transcript
 
     async def begin(self: Any, writer: Writer, worker: str) -> Transcript:
         transcript = Transcript()
@@ -205,7 +206,7 @@ def _gap_unseen() -> list[Any]:
 
         return applied
 
-    return [_attribute("llmboost.streams", "Transcript.apply", change)]
+    return [_attribute("llmboost.transcript", "Transcript.apply", change)]
 
 
 # --- The queue ----------------------------------------------------------------------------------------

@@ -82,6 +82,12 @@ def story(job: GenerationJob) -> Iterable[Step]:
     yield ends(len(WORDS) * job.sampling.n)
 
 
+def loses(job: GenerationJob) -> Iterable[Step]:
+    """The same of one choice, but its second word is lost, with a server that did not know that it had it."""
+    first, _, *rest = says(WORDS)
+    return [first, *rest, ends()]
+
+
 @dataclass
 class ScriptedWorker:
     """Claims jobs as a worker does and plays `script` for each."""

@@ -27,9 +27,11 @@ from .api_pod import (
     chat,
     ends,
     fails,
+    loses,
     says,
     serving,
     settings_for,
+    story,
     streamed,
 )
 
@@ -256,6 +258,17 @@ async def test_what_was_never_answered_is_begun_again(
     answers = await asyncio.gather(*(pod.http.post(CHAT, json=chat(), headers=KEY) for _ in range(5)))
     assert {answer.status_code for answer in answers} == {200}
     assert len({answer.content for answer in answers}) == 1
+    assert len(worker.jobs) == 2
+
+
+async def test_an_answer_that_lost_a_part_is_begun_again(pod: RunningPod, worker: ScriptedWorker) -> None:
+    """Its end says that it is whole."""
+    worker.script = loses
+    check_error(await pod.http.post(CHAT, json=chat(), headers=KEY), 500, "stream_gap")
+    await wait_until(lambda: worker.finished == 1)
+    worker.script = story
+    for _ in range(2):
+        assert (await pod.http.post(CHAT, json=chat(), headers=KEY)).status_code == 200
     assert len(worker.jobs) == 2
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from openai import APIError, NotFoundError
 
 from llmboost import keys
+from llmboost.entries import GAP
 from llmboost.queue import JobQueue
 from llmboost.registry import ModelCard, Registry, WorkerCard
 from llmboost_api.answer import Answer
@@ -24,6 +25,7 @@ from .api_pod import (
     RunningPod,
     ScriptedWorker,
     chat,
+    loses,
     serving,
     settings_for,
 )
@@ -301,6 +303,26 @@ async def test_deleted_is_gone_everywhere(
     paused.go.set()
     await wait_until(lambda: worker.finished == 1)
     assert not await redis.exists(keys.stream(response.id))
+
+
+async def test_one_that_has_lost_a_part_has_failed(
+    pod: RunningPod, other: RunningPod, worker: ScriptedWorker
+) -> None:
+    """Its object and its events say nothing from behind the gap, and nothing can follow it."""
+    worker.script = loses
+    lost = await pod.openai.responses.create(model=MODEL, input="Hello", background=True)
+    await wait_until(lambda: worker.finished == 1)
+    failed = await get(other, lost.id)
+    assert (failed.status, failed.output_text) == ("failed", WORDS[0])
+    assert failed.error.message == GAP.message
+    seen = await rest(pod, lost.id)
+    assert WORDS[0] in seen.text
+    assert WORDS[3] not in seen.text
+    assert '"code":"stream_gap"' in seen.text
+    behind = await rest(pod, lost.id, after=7)
+    assert "events 0 to 6 so far" in check_error(behind, 400, "invalid_cursor", "starting_after")
+    following = await pod.http.post(RESPONSES, json=ask(previous_response_id=lost.id))
+    check_error(following, 400, "previous_response_failed", "previous_response_id")
 
 
 # Keeping

@@ -25,9 +25,11 @@ from .api_pod import (
     chat,
     ends,
     fails,
+    loses,
     says,
     serving,
     settings_for,
+    story,
     streamed,
 )
 
@@ -149,6 +151,22 @@ async def test_only_complete_completions_are_listed(pod: RunningPod, worker: Scr
         ready.set()
         await stream.finish()
     assert len((await pod.openai.chat.completions.list()).data) == 1
+
+
+async def test_one_that_has_lost_a_part_keeps_no_other_from_being_listed(
+    pod: RunningPod, worker: ScriptedWorker
+) -> None:
+    """It is as one that failed, wherever it is asked for."""
+    worker.script = loses
+    check_error(await pod.http.post(CHAT, json=chat(store=True)), 500, "stream_gap", None)
+    await wait_until(lambda: worker.finished == 1)
+    worker.script = story
+    whole = await pod.openai.chat.completions.create(**ASKED, store=True)
+    assert (await pod.openai.chat.completions.list()).data == [whole]
+    lost = f"{CHAT}/{worker.jobs[0].id}"
+    check_error(await pod.http.get(lost), 500, "stream_gap", None)
+    changed = await pod.http.post(lost, json={"metadata": {}})
+    check_error(changed, 409, "completion_not_complete", "completion_id")
 
 
 async def test_a_completion_belongs_to_the_key_that_made_it(redis_url: str, worker: ScriptedWorker) -> None:

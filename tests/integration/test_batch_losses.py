@@ -13,22 +13,22 @@ from llmboost.jobs import GenerationJob
 from llmboost_api.batches.collecting import MOST_AGAIN
 from tests.waiting import wait_until
 
-from .api_pod import WORDS, RunningPod, Script, ScriptedWorker, Step, ends, fails, says, story
+from .api_pod import WORDS, RunningPod, Script, ScriptedWorker, Step, ends, fails, loses, says, story
 from .batch_inputs import begin, lines, outcome
 
-LOSSES: dict[str, list[Step]] = {
-    "tokens": [*says(WORDS)[:1], *says(WORDS)[2:], ends()],
-    "its job": [*says(WORDS)[:1], fails(REQUEST_LOST.message, code=REQUEST_LOST.code)],
+LOSSES: dict[str, Script] = {
+    "tokens": loses,
+    "its job": lambda job: [*says(WORDS)[:1], fails(REQUEST_LOST.message, code=REQUEST_LOST.code)],
 }
 
 
-def losing(steps: Iterable[Step], times: int) -> Script:
+def losing(lost: Script, times: int) -> Script:
     """Of each answer the first so many tries go like this."""
     tries: Counter[str] = Counter()
 
     def script(job: GenerationJob) -> Iterable[Step]:
         tries[job.id] += 1
-        return steps if tries[job.id] <= times else story(job)
+        return (lost if tries[job.id] <= times else story)(job)
 
     return script
 
@@ -45,7 +45,7 @@ async def test_a_line_is_begun_again(pod: RunningPod, worker: ScriptedWorker, lo
 
 async def test_a_line_that_is_lost_each_time_is_given_up(pod: RunningPod, worker: ScriptedWorker) -> None:
     """It must not go round for as long as the batch has time."""
-    worker.script = losing(LOSSES["tokens"], times=100)
+    worker.script = loses
     batch = await begin(pod.openai, lines(1))
     found = await outcome(pod.openai, batch.id)
     assert found.errors["line-1"]["response"]["body"]["error"]["code"] == "stream_gap"

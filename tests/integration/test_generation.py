@@ -8,7 +8,8 @@ from arq.connections import ArqRedis
 
 from llmboost.entries import REQUEST_LOST, ChoiceDelta, Delta, Terminal
 from llmboost.queue import JobQueue
-from llmboost.streams import StreamFenced, TokenStreams, Transcript, Writer
+from llmboost.streams import StreamFenced, TokenStreams, Writer
+from llmboost.transcript import Transcript
 from llmboost_worker.engine.interface import SequenceOutput, SequenceRequest
 from llmboost_worker.generation import Generator
 from llmboost_worker.publisher import Outbox, Publisher
@@ -59,8 +60,8 @@ async def test_what_has_lost_a_part_of_its_log_is_not_gone_on_with(
     await streams.begin(Writer(job.id, 1), "another worker")
     await streams.append([(job.id, "1-2", Delta([ChoiceDelta(0, 1, [70], "a")]))])
     await generator.run(job, 2)
-    [terminal] = await streams.terminals([job.id])
-    assert terminal is not None
+    _, terminal = (await streams.read(job.id))[-1]
+    assert isinstance(terminal, Terminal)
     assert terminal.error == REQUEST_LOST
     await queue.discard(job.id)
 

@@ -9,6 +9,7 @@ from redis.exceptions import ResponseError
 
 from llmboost import keys
 from llmboost.entries import (
+    GAP,
     REQUEST_LOST,
     ArqJob,
     ChoiceDelta,
@@ -27,14 +28,13 @@ from llmboost.streams import (
     SEAL_ID,
     SealOutcome,
     StreamFenced,
-    StreamGap,
     StreamGone,
     StreamSealed,
     TokenStreams,
-    Transcript,
     Writer,
     persist,
 )
+from llmboost.transcript import StreamGap, Transcript
 from tests.integration.workers import RETENTION_S
 from tests.jobs import make_job
 
@@ -222,6 +222,31 @@ async def test_a_log_with_a_missing_entry_is_refused(
         await streams.begin(Writer(job_id, 2), "w")
 
 
+async def test_a_log_with_a_gap_is_read_as_one_that_ends_there_in_an_error(
+    redis: ArqRedis, streams: TokenStreams, queue: JobQueue, job_id: str
+) -> None:
+    """Once it is sealed, however. A log that is read together with it is as it is."""
+    other = make_job()
+    await queue.submit(other)
+    await queue.cancel(other.id, CANCELLED)
+    writer = Writer(job_id, 1)
+    await streams.begin(writer, "w")
+    await append(streams, writer, delta(0, 10))
+    whole = await streams.read(job_id)
+    lost = await append(streams, writer, delta(1, 11))
+    await append(streams, writer, delta(2, 12))
+    await redis.xdel(keys.stream(job_id), lost)
+    assert await streams.read(job_id) == whole
+    await streams.seal(job_id, Terminal("w/1", Usage(1, 3)), writer)
+    ended = [*whole, (SEAL_ID, Terminal("w/1", Usage(1, 3), GAP, at=ANY))]
+    assert await streams.read(job_id) == ended
+    assert await streams.read_each([job_id, "no-such-stream", other.id]) == [
+        ended,
+        [],
+        await streams.read(other.id),
+    ]
+
+
 async def test_an_answer_whose_end_was_lost_does_not_end_well(
     redis: ArqRedis, streams: TokenStreams, job_id: str
 ) -> None:
@@ -232,7 +257,7 @@ async def test_an_answer_whose_end_was_lost_does_not_end_well(
     await append(streams, writer, delta(0, 10))
     await redis.xdel(keys.stream(job_id), await append(streams, writer, delta(1, 11)))
     assert await streams.seal(job_id, Terminal("w/1", Usage(1, 2)), writer) is SealOutcome.LOST
-    assert await streams.terminals([job_id]) == [Terminal("w/1", error=REQUEST_LOST, at=ANY)]
+    assert (await streams.read(job_id))[-1] == (SEAL_ID, Terminal("w/1", error=REQUEST_LOST, at=ANY))
 
 
 async def test_a_promise_of_an_audience_lapses_unless_renewed(streams: TokenStreams, job_id: str) -> None:

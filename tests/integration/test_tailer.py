@@ -16,8 +16,9 @@ from llmboost.connection import connect
 from llmboost.embedded import free_port
 from llmboost.entries import ReadEntry, Terminal
 from llmboost.queue import JobQueue
-from llmboost.streams import StreamGap, StreamGone, TokenStreams
+from llmboost.streams import StreamGone, TokenStreams
 from llmboost.tailer import Subscription, Tailer, TailerClosed
+from llmboost.transcript import StreamGap
 
 from ..waiting import wait_until
 from .logs import Log, text_of

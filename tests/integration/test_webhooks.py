@@ -55,6 +55,14 @@ async def test_the_end_of_a_response_is_told(
     assert call.headers["webhook-id"] == event.id
 
 
+async def test_a_response_that_has_lost_a_part_has_failed(ends: Ends, receiver: Receiver) -> None:
+    """Though whoever sealed it took it for complete."""
+    async with ends.webhooks(receiver.url()) as webhooks:
+        await ends.response(webhooks, lost=1)
+        await ends.settled()
+    assert [call.event().type for call in receiver.calls] == ["response.failed"]
+
+
 @pytest.mark.parametrize("status", ["completed", "failed", "expired", "cancelled"])
 async def test_the_end_of_a_batch_is_told(ends: Ends, receiver: Receiver, status: str) -> None:
     webhooks = ends.webhooks(receiver.url())

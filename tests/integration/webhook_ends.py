@@ -49,14 +49,17 @@ class Ends:
         return Webhooks(self.queue.redis, self.queue.streams, settings)
 
     async def response(
-        self, webhooks: Webhooks, *, reason: str = "stop", error: StreamError | None = None
+        self, webhooks: Webhooks, *, reason: str = "stop", error: StreamError | None = None, lost: int = 0
     ) -> str:
-        """A response that was asked for, has said something, and is sealed."""
+        """A response that was asked for, has said something, and is sealed.
+
+        `lost`: so many tokens of it are not there any more, those before what it says.
+        """
         response_id = new_id("resp_")
         await self.accept(response_id, webhooks.follow_up(response_id))
         writer = Writer(response_id, 1)
         await self.queue.streams.begin(writer, "worker")
-        said = Delta([ChoiceDelta(0, 0, [1], "Once", reason)])
+        said = Delta([ChoiceDelta(0, lost, [1], "Once", reason)])
         await self.queue.streams.append([(response_id, writer.next_id(), said)])
         await self.seal(response_id, error)
         return response_id

@@ -13,7 +13,8 @@ from llmboost.entries import Delta, Terminal
 from llmboost.jobs import GenerationJob, Prompt
 from llmboost.queue import JobQueue
 from llmboost.settings import WorkerSettings
-from llmboost.streams import TokenStreams, Transcript
+from llmboost.streams import TokenStreams
+from llmboost.transcript import Transcript
 from llmboost_worker.engine.interface import SequenceRequest
 from llmboost_worker.text import Tokenizer, encode_prompt
 from llmboost_worker.worker import WorkerProcess

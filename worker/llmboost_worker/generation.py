@@ -19,7 +19,8 @@ from msgspec import structs
 
 from llmboost.entries import REQUEST_LOST, ChoiceDelta, StreamError, Terminal, Usage
 from llmboost.jobs import GenerationJob
-from llmboost.streams import SealOutcome, StreamEnded, StreamGap, TokenStreams, Transcript, Writer
+from llmboost.streams import SealOutcome, StreamEnded, TokenStreams, Writer
+from llmboost.transcript import StreamGap, Transcript
 from llmboost_worker.checks import Refused, check_bias, compiled, encoded, most_tokens
 from llmboost_worker.engine.interface import Engine, EngineInfo, SequenceOutput, SequenceRequest, StepOutput
 from llmboost_worker.logprobs import of_tokens

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from llmboost import keys
 from llmboost.connection import BLOCK_S
-from llmboost.entries import REQUEST_LOST, Queued, ReadEntry, Terminal
+from llmboost.entries import GAP, REQUEST_LOST, Queued, ReadEntry, Terminal
 from llmboost.queue import DEADLINE_ERROR
 from llmboost.streams import persist
 from llmboost_api import errors
@@ -26,7 +26,6 @@ from llmboost_api.batches.ledger import InFlight, Ledger
 from llmboost_api.batches.output import Ending, Row, RowWriter
 from llmboost_api.batches.record import Batch
 from llmboost_api.errors import ApiError
-from llmboost_api.generation import GAP
 from llmboost_api.pod import Pod
 from llmboost_api.protocol.form import decode_form
 

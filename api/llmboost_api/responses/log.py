@@ -3,9 +3,8 @@
 from functools import partial
 from typing import Any
 
-from llmboost.streams import StreamGap, Transcript
 from llmboost_api import errors
-from llmboost_api.generation import GAP, GONE
+from llmboost_api.generation import GONE
 from llmboost_api.patience import answered
 from llmboost_api.pod import Pod
 from llmboost_api.protocol.form import Form
@@ -17,17 +16,10 @@ async def progress_of(pod: Pod, response_id: str) -> Progress | None:
     """How far it has come; None if there is nothing of it.
 
     Raises:
-        ApiError: a part of it was lost (500), or Redis can't be asked (503).
+        ApiError: Redis can't be asked (503).
     """
-    entries = await answered(partial(pod.streams.read, response_id))
-    progress, transcript = Progress(), Transcript()
-    for entry_id, entry in entries:
-        try:
-            transcript.apply(entry_id, entry)
-        except StreamGap:
-            raise errors.from_stream(GAP) from None
-        progress.take(entry)
-    return progress if transcript.queued is not None else None
+    log = await answered(partial(pod.streams.read, response_id))
+    return Progress.of(log) if log else None
 
 
 async def object_of(pod: Pod, response_id: str, form: Form) -> dict[str, Any]:

@@ -159,10 +159,8 @@ class Webhooks:
         if not log:
             logger.info("no webhook for %s: it was deleted", response_id)
         else:
-            progress = Progress()
-            for _, entry in log:
-                progress.take(entry)
-            await self._enqueue(Event.of("response", progress.status, response_id, ctx["score"] // 1000))
+            status = Progress.of(log).status
+            await self._enqueue(Event.of("response", status, response_id, ctx["score"] // 1000))
 
     async def _announce_batch(self, ctx: dict[str, Any], batch_id: str, status: str) -> None:
         """Tells that a batch has ended so."""

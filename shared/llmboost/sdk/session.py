@@ -13,14 +13,15 @@ from typing import Any
 from redis.exceptions import AuthenticationError, RedisError
 
 from llmboost.connection import connect
-from llmboost.entries import CANCELLED_TYPE, Delta, ReadEntry, StreamError, Terminal
+from llmboost.entries import CANCELLED_TYPE, GAP, Delta, ReadEntry, StreamError, Terminal
 from llmboost.jobs import GenerationJob, Prompt, SamplingParams, new_id, now
 from llmboost.queue import JobQueue
 from llmboost.registry import ModelCard, Registry
 from llmboost.sdk.inputs import Id, Request
 from llmboost.sdk.outputs import LLMBoostError, Outputs, error_dict
-from llmboost.streams import StreamGap, StreamGone, TokenStreams, is_passing, persist
+from llmboost.streams import StreamGone, TokenStreams, is_passing, persist
 from llmboost.tailer import Tailer, TailerClosed
+from llmboost.transcript import StreamGap
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +37,6 @@ STOPPED = StreamError(
     "The request was cancelled: its client was stopped.", CANCELLED_TYPE, "client_gone", status=499
 )
 GONE = StreamError("The answer expired or was lost with its server. Ask again.", code="stream_gone")
-GAP = StreamError("A part of the answer was lost, so it ends here. Ask again.", code="stream_gap")
 LOST = StreamError("The queue's server failed while the answer was being read.", code="stream_lost")
 
 

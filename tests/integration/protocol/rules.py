@@ -6,7 +6,8 @@ from itertools import pairwise
 from llmboost import keys
 from llmboost.entries import Delta, Queued, ReadEntry, Started
 from llmboost.jobs import GenerationJob
-from llmboost.streams import QUEUED_ID, StreamGap, Transcript, position
+from llmboost.streams import QUEUED_ID, position
+from llmboost.transcript import StreamGap, Transcript
 from llmboost_worker.engine.interface import SequenceRequest
 from tests.engines import scripted_token
 from tests.integration.protocol.actors import VOCABULARY

@@ -1,12 +1,22 @@
 """The response object: all that there is to say of a response, at any moment of its life."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import msgspec
 
-from llmboost.entries import CANCELLED_TYPE, Delta, Entry, Started, StreamError, Terminal, TokenLogprob, Usage
+from llmboost.entries import (
+    CANCELLED_TYPE,
+    Delta,
+    Entry,
+    ReadEntry,
+    Started,
+    StreamError,
+    Terminal,
+    TokenLogprob,
+    Usage,
+)
 from llmboost.jobs import derived_id
 from llmboost_api.protocol.responses.items import text_part
 from llmboost_api.protocol.shape import Choice, finite
@@ -32,6 +42,14 @@ class Progress:
     choice: Choice = field(default_factory=Choice)
     started: bool = False
     terminal: Terminal | None = None
+
+    @classmethod
+    def of(cls, log: Iterable[ReadEntry]) -> "Progress":
+        """What a log says, from its beginning."""
+        progress = cls()
+        for _, entry in log:
+            progress.take(entry)
+        return progress
 
     def take(self, entry: Entry) -> None:
         """The next entry."""
