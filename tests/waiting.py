@@ -4,7 +4,8 @@ import asyncio
 import inspect
 import time
 from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from inspect import CORO_SUSPENDED, getcoroutinestate
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 
@@ -23,3 +24,9 @@ async def wait_until(
         if time.monotonic() > deadline:
             raise AssertionError(f"not true within {within} s: {inspect.getsource(condition).strip()}")
         await asyncio.sleep(every)
+
+
+async def suspended(*tasks: "asyncio.Task[Any]") -> None:
+    """Returns once each of them has begun and waits for something."""
+    for task in tasks:
+        await wait_until(lambda task=task: getcoroutinestate(task.get_coro()) == CORO_SUSPENDED)

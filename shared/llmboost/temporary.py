@@ -1,8 +1,8 @@
 """A folder that goes with the process that made it, even if that is killed.
 
 Run as a program, by its path and without site-packages, it is the one that waits for that end:
-`python temporary.py FOLDER` removes the folder once its standard input is closed, as the system does for the
-dead. It imports nothing of llmboost.
+`python temporary.py FOLDER` removes the folder once it is sent a line or its standard input is closed, as the
+system does for the dead. It imports nothing of llmboost.
 """
 
 import shutil
@@ -33,9 +33,8 @@ class TemporaryFolder:
 
     def close(self) -> None:
         """Removes it and all that it holds."""
-        assert self._remover.stdin
-        self._remover.stdin.close()
-        self._remover.wait()
+        if self._remover.poll() is None:
+            self._remover.communicate(b"\n")  # its input may have no end: a fork of ours holds it open
         shutil.rmtree(self.path, ignore_errors=True)  # should somebody have killed the other one
 
 
@@ -43,7 +42,7 @@ def main() -> None:
     """Outlives its parent by a moment."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    sys.stdin.read()
+    sys.stdin.readline()
     folder = Path(sys.argv[1])
     for _ in range(50):  # whoever writes there may be dying still
         shutil.rmtree(folder, ignore_errors=True)

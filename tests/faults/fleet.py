@@ -209,6 +209,6 @@ async def exit_of(command: Command) -> tuple[int, float]:
     begun, crowding = time.monotonic(), Crowding([command.process.pid])
     while command.process.poll() is None and time.monotonic() - begun < EXITED_S:
         crowding.look()
-        await asyncio.sleep(0.005)
+        await asyncio.sleep(0.005)  # crowding is seen by looking often
     seconds = time.monotonic() - begun
     return await asyncio.to_thread(command.wait, 1), seconds - crowding.look()

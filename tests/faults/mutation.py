@@ -22,10 +22,12 @@ QUICK = (
     "tests/integration/test_protocol.py",
     "tests/integration/test_streams.py",
     "tests/integration/test_queue.py",
+    "tests/integration/test_queue_deaths.py",
     "tests/integration/test_tailer.py",
     "tests/integration/test_generation.py",
     "tests/integration/test_worker.py",
     "tests/integration/test_worker_leases.py",
+    "tests/integration/test_worker_goes.py",
     "tests/unit/test_engine_resume.py",
 )
 NAMES = ("tests/integration/test_api_idempotency.py",)

@@ -185,7 +185,7 @@ class Link:
         while True:
             due, data = await under_way.get()
             if due > now():
-                await asyncio.sleep(due - now())
+                await asyncio.sleep(due - now())  # the line's delay
             await network.passing.wait()
             if not data:
                 sink.close()

@@ -129,7 +129,7 @@ class Reader:
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at > PATIENCE_S:
                     raise Violation(f"{self.id or 'a request'}: no pod goes on with it")
-                await asyncio.sleep(RETRY_S)
+                await asyncio.sleep(RETRY_S)  # as a client does
         return self
 
     def _note(self, what: str) -> None:

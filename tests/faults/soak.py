@@ -94,7 +94,7 @@ class Clients:
                 self.outcomes["left for good"] += 1
                 return False
             self.outcomes["broke off and came back"] += 1
-            await asyncio.sleep(chance.uniform(0, 1))  # well within the grace period
+            await asyncio.sleep(chance.uniform(0, 1))  # away, for well less than the grace period
         await self._until(reader, http, lambda: False)
         self.outcomes["resumed"] += reader.resumed
         return True
@@ -140,11 +140,15 @@ class Faults:
     async def run(self, until: float) -> None:
         """One fault every few seconds."""
         while (left := until - time.monotonic()) > 0:
-            await asyncio.sleep(min(left, self._random.uniform(1, 5)))
+            await self._pass(1, min(left, 5))
             name = self._random.choice(list(self._kinds))
             if await self._kinds[name]():
                 self.counts[name] += 1
                 print(f"{datetime.now(UTC):%H:%M:%S.%f} {name}", file=sys.stderr)
+
+    async def _pass(self, least: float, most: float) -> None:
+        """Time passes: a fault lasts, or there is none."""
+        await asyncio.sleep(self._random.uniform(least, most))
 
     # Each returns False if the fleet can't bear it now: a worker and a pod are always left to go on.
 
@@ -167,7 +171,7 @@ class Faults:
         if (name := self._spare_worker()) is None:
             return False
         self._fleet.freeze(name)
-        await asyncio.sleep(LEASE_S * self._random.uniform(0.1, 1.5))
+        await self._pass(0.1 * LEASE_S, 1.5 * LEASE_S)
         self._fleet.thaw(name)
         return True
 
@@ -198,19 +202,19 @@ class Faults:
 
     async def _lose_replies(self) -> bool:
         self._fleet.network.lose_replies(0.02, self._random.randrange(2**32))
-        await asyncio.sleep(self._random.uniform(0.5, 3))
+        await self._pass(0.5, 3)
         self._fleet.network.heal()
         return True
 
     async def _freeze_redis(self) -> bool:
         self._fleet.redis_server.freeze()
-        await asyncio.sleep(self._random.uniform(0.5, 3))
+        await self._pass(0.5, 3)
         self._fleet.redis_server.thaw()
         return True
 
     async def _restart_redis(self) -> bool:
         self._fleet.redis_server.kill()
-        await asyncio.sleep(self._random.uniform(0, 1))
+        await self._pass(0, 1)
         self._fleet.redis_server.spawn()
         await asyncio.to_thread(self._fleet.redis_server.await_started)
         return True

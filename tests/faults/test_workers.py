@@ -111,7 +111,7 @@ async def test_short_freezes(fleet: Fleet, oracle: Oracle) -> None:
             fleet.freeze(name)
             await asyncio.sleep(LEASE_S * random.uniform(0.8, 1.2))  # the fault's length
             fleet.thaw(name)
-            await asyncio.sleep(random.uniform(0, 0.2))
+            await asyncio.sleep(random.uniform(0, 0.2))  # and the pause between two
 
 
 async def test_a_rolling_deploy(fleet: Fleet, oracle: Oracle) -> None:

@@ -24,6 +24,7 @@ from llmboost_api import sse
 from llmboost_api.app import create_app
 from llmboost_api.server import PodServer
 
+from ..waiting import wait_until
 from .answers import Frame, OpenStream, frames_of
 
 MODEL = "meta-llama/Llama-3.1-8B-Instruct"
@@ -217,11 +218,10 @@ async def serving(settings: ApiSettings) -> AsyncIterator[RunningPod]:
 
 
 async def started(server: PodServer, task: "asyncio.Task[None]") -> None:
-    while not server.started:
-        if task.done():
-            task.result()
-            raise AssertionError("the server ended before it had started")
-        await asyncio.sleep(0.005)
+    await wait_until(lambda: server.started or task.done(), within=60)
+    if task.done():
+        task.result()
+        raise AssertionError("the server ended before it had started")
 
 
 def settings_for(redis_url: str, **fields: Any) -> ApiSettings:

@@ -12,11 +12,12 @@ from llmboost.embedded import free_port
 from llmboost.queue import JobQueue
 from llmboost.streams import TokenStreams
 from llmboost_api.files.record import decode
+from tests.integration.queues import finished_queue
 from tests.integration.workers import RETENTION_S, start_worker, tokenizer, vocabulary
 
 from .api_pod import RunningPod, ScriptedWorker, serving, settings_for, working
 
-__all__ = ["start_worker", "tokenizer", "vocabulary"]
+__all__ = ["finished_queue", "start_worker", "tokenizer", "vocabulary"]
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,10 @@
 
 from collections.abc import Sequence
 
+from arq.connections import ArqRedis
+
 from llmboost import keys
+from llmboost.jobs import GenerationJob
 from llmboost.leases import Claim
 from llmboost.queue import JobQueue
 from tests.jobs import MODEL
@@ -47,3 +50,11 @@ async def die(queue: JobQueue, claims: Sequence[Claim], max_tries: int = 3) -> N
     """The worker that holds these claims has died, and somebody puts the jobs back."""
     await queue.redis.zadd(keys.leases(MODEL), {claim.job_id: 0 for claim in claims}, xx=True)
     assert set(await reclaimed(queue, max_tries)) == {claim.job_id for claim in claims}
+
+
+async def is_suspect(redis: ArqRedis, job: GenerationJob) -> bool:
+    return bool(await redis.exists(keys.arq_retry(job.id)))
+
+
+async def none_on_probation(redis: ArqRedis) -> bool:
+    return not await redis.keys(keys.probation("*"))

@@ -24,9 +24,7 @@ from .api_pod import (
     ScriptedWorker,
     Step,
     chat,
-    ends,
     fails,
-    says,
     serving,
     settings_for,
     story,
@@ -372,13 +370,15 @@ async def test_a_pod_that_runs_no_batches(redis_url: str, worker: ScriptedWorker
 
 async def test_several_batches(pod: RunningPod, worker: ScriptedWorker) -> None:
     """A small batch need not wait for the end of a large one that was there before."""
-    worker.script = lambda job: [asyncio.sleep(0.01), *says(WORDS), ends()]
-    large = await begin(pod.openai, lines(2000))
+    gate = asyncio.Event()
+    worker.script = held_by(gate)
+    large = await begin(pod.openai, lines(200, lambda number: chat(max_tokens=2)))
     await wait_until(lambda: len(worker.jobs) > 10)
     small = await begin(pod.openai, lines(5))
     assert (await outcome(pod.openai, small.id)).counts == (5, 5, 0)
     assert (await pod.openai.batches.retrieve(large.id)).status == "in_progress"
     await pod.openai.batches.cancel(large.id)
+    gate.set()
     await ended(pod.openai, large.id)
 
 

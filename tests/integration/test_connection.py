@@ -20,7 +20,7 @@ async def test_a_cancelled_command_is_cancelled(redis: ArqRedis) -> None:
     for steps in range(12):
         task = asyncio.create_task(redis.blpop(["test-nothing"], timeout=2))  # type: ignore[arg-type]
         for _ in range(steps):
-            await asyncio.sleep(0)
+            await asyncio.sleep(0)  # one of them
         task.cancel()
         done, _ = await asyncio.wait([task], timeout=1)
         assert done, f"cancelled after {steps} steps of the event loop, it went on"
@@ -60,7 +60,7 @@ def test_a_transport_that_has_been_closed_is_a_lost_connection(redis_url: str) -
         client = connect(redis_url)
         connection = await client.connection_pool.get_connection()
         connection._writer.transport.abort()
-        await asyncio.sleep(0)  # The transport closes in the loop's next round.
+        await connection._writer.wait_closed()
         with pytest.raises(RedisConnectionError):
             await connection.send_command("PING", check_health=False)
         assert not connection.is_connected

@@ -104,12 +104,12 @@ def test_a_port_taken_by_somebody_else_is_left_to_them(monkeypatch: pytest.Monke
 @pytest.mark.skipif(sys.platform != "linux", reason="the leash is Linux's")
 def test_it_does_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     code = (
-        "import sys, time\n"
+        "import signal, sys\n"
         "from pathlib import Path\n"
         "from llmboost.embedded import EmbeddedRedis\n"
         "EmbeddedRedis(Path(sys.argv[1])).start()\n"
         "print('started')\n"
-        "time.sleep(600)\n"
+        "signal.pause()\n"
     )
     with Command([sys.executable, "-c", code, str(tmp_path)]) as parent:
         parent.wait_for_line("started")

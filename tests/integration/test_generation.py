@@ -11,12 +11,11 @@ from llmboost.queue import JobQueue
 from llmboost.streams import StreamFenced, TokenStreams, Writer
 from llmboost.transcript import Transcript
 from llmboost_worker.engine.interface import SequenceOutput, SequenceRequest
-from llmboost_worker.generation import Generator
 from llmboost_worker.publisher import Outbox, Publisher
 from llmboost_worker.text import encode_prompt
 from tests.engines import ScriptedEngine
+from tests.integration.generators import SteppedGenerator
 from tests.jobs import make_job
-from tests.unit.text_tokenizers import byte_level
 from tests.waiting import wait_until
 
 
@@ -26,18 +25,14 @@ async def test_tokens_that_a_lost_lease_discards_are_left_to_the_next_attempt(
 ) -> None:
     """A lease is lost while tokens, perhaps all there will be, have been generated but not appended: the
     attempt leaves the stream open, for sealing it would end it well without them."""
-    tokenizer = byte_level()
-    engine = ScriptedEngine([70, 71, 72])
-    publisher = Publisher(streams)  # not run, so that nothing is appended
-    generator = Generator(engine, engine.info, tokenizer, streams, publisher, "worker")
+    generator = SteppedGenerator(streams, ScriptedEngine([70, 71, 72]))
     job = make_job(max_tokens=3, needs_audience=False)
     await queue.submit(job)
-    engine.start(generator.deliver, lambda error: None)
-    attempt = asyncio.create_task(generator.run(job, 1))
-    await wait_until(lambda: engine.sequences)
+    attempt = await generator.begin(job)
+    outbox = generator.running[job.id].outbox
     for _ in range(steps):
-        engine.step()
-    await asyncio.sleep(0)  # the attempt takes note of what it has
+        generator.engine.step()
+    await wait_until(lambda: outbox.hurries == (steps == 3))  # it knows when there is nothing more to come
     generator.end(job.id, StreamFenced("the lease was lost"))
     await attempt
     log = Transcript()
@@ -52,9 +47,7 @@ async def test_what_has_lost_a_part_of_its_log_is_not_gone_on_with(
     redis: ArqRedis, queue: JobQueue, streams: TokenStreams
 ) -> None:
     """It ends in the error that says so, and is no failure of the worker's."""
-    engine = ScriptedEngine([70])
-    publisher = Publisher(streams)
-    generator = Generator(engine, engine.info, byte_level(), streams, publisher, "worker")
+    generator = SteppedGenerator(streams, ScriptedEngine([70]))
     job = make_job(max_tokens=3, needs_audience=False)
     await queue.submit(job)
     await streams.begin(Writer(job.id, 1), "another worker")
@@ -71,13 +64,10 @@ async def test_the_last_step_of_what_gives_way_is_appended_before_its_seal(
 ) -> None:
     """The step that was under way hands over the last token just when all before it has been appended."""
     engine = ScriptedEngine([70])
-    publisher = Publisher(streams)
-    generator = Generator(engine, engine.info, byte_level(), streams, publisher, "worker")
+    generator = SteppedGenerator(streams, engine)
     job = make_job(max_tokens=2, job_class="batch", needs_audience=False)
     await queue.submit(job)
-    engine.start(generator.deliver, lambda error: None)
-    attempt = asyncio.create_task(generator.run(job, 1))
-    await wait_until(lambda: engine.sequences)
+    attempt = await generator.begin(job)
     outbox = generator.running[job.id].outbox
 
     class Empty(asyncio.Event):
@@ -91,7 +81,7 @@ async def test_the_last_step_of_what_gives_way_is_appended_before_its_seal(
     outbox.empty = Empty()
     engine.step()
     generator.running[job.id].give_way()
-    sending = asyncio.create_task(publisher.run())
+    sending = asyncio.create_task(generator.publisher.run())
     await asyncio.wait_for(attempt, 10)
     sending.cancel()
     log = Transcript()
@@ -143,20 +133,16 @@ async def test_the_prompts_logprobs_are_in_the_stream_once_whoever_writes_them(
 ) -> None:
     """They go out with a choice's first token, in one entry. An attempt that ended before leaves them to the
     next; one that ended later has the next compute none."""
-    tokenizer = byte_level()
-    engine = ScriptedEngine([70, 71, 72])
     job = make_job(
         "so", n=2, max_tokens=max_tokens, echo=True, top_logprobs=1, prompt_logprobs=1, needs_audience=False
     )
     await queue.submit(job)
     asked: list[int] = []
     for attempt in (1, 2):
-        publisher = Publisher(streams)
-        generator = Generator(engine, engine.info, tokenizer, streams, publisher, "worker")
-        engine.start(generator.deliver, lambda error: None)
-        run = asyncio.create_task(generator.run(job, attempt))
-        sending = asyncio.create_task(publisher.run())
-        await wait_until(lambda run=run: engine.sequences or run.done())
+        engine = ScriptedEngine([70, 71, 72])
+        generator = SteppedGenerator(streams, engine)
+        sending = asyncio.create_task(generator.publisher.run())
+        run = await generator.begin(job, attempt)
         sampling = [request.sampling.prompt_logprobs for request, _ in engine.sequences.values()]
         asked.append(sum(each is not None for each in sampling))
         if attempt == 1:
@@ -165,10 +151,9 @@ async def test_the_prompts_logprobs_are_in_the_stream_once_whoever_writes_them(
                 outbox = generator.running[job.id].outbox
                 await asyncio.wait_for(outbox.empty.wait(), 10)
             generator.end(job.id, StreamFenced("the lease was lost"))
-        while not run.done():
-            engine.step()
-            await asyncio.sleep(0)
-        await run
+        while engine.step():
+            pass
+        await asyncio.wait_for(run, 10)
         sending.cancel()
     log = Transcript()
     entries = await streams.read(job.id)
@@ -177,7 +162,7 @@ async def test_the_prompts_logprobs_are_in_the_stream_once_whoever_writes_them(
     assert log.terminal is not None
     assert log.terminal.error is None
     assert asked == ([2, 0] if written else [2, 2])
-    prompt_ids = encode_prompt(tokenizer, job.prompt)
+    prompt_ids = encode_prompt(generator.tokenizer, job.prompt)
     deltas = [each for _, entry in entries if isinstance(entry, Delta) for each in entry.choices]
     for index in range(2):
         of_choice = [delta for delta in deltas if delta.index == index]
@@ -204,19 +189,15 @@ async def test_what_was_cached_of_a_prompt_counts_once(
             return replace(super()._advance(request, output_ids), cached_tokens=found)
 
     async def cached_tokens(log: list[ChoiceDelta]) -> int:
-        engine = Caching([70])
-        publisher = Publisher(streams)
-        generator = Generator(engine, engine.info, byte_level(), streams, publisher, "worker")
+        generator = SteppedGenerator(streams, Caching([70]))
         job = make_job(max_tokens=2, n=3, needs_audience=False)
         await queue.submit(job)
         if log:
             await streams.begin(Writer(job.id, 1), "worker")
             await streams.append([(job.id, "1-1", Delta(log))])
-        engine.start(generator.deliver, lambda error: None)
-        sending = asyncio.create_task(publisher.run())
-        attempt = asyncio.create_task(generator.run(job, 2))
-        await wait_until(lambda: engine.sequences)
-        while engine.step():
+        sending = asyncio.create_task(generator.publisher.run())
+        attempt = await generator.begin(job, 2)
+        while generator.engine.step():
             pass
         await asyncio.wait_for(attempt, 10)
         sending.cancel()

@@ -15,8 +15,7 @@ from llmboost.queue import JobQueue
 from llmboost.streams import TokenStreams
 from llmboost_worker.text import Tokenizer
 from llmboost_worker.wakes import Wakes
-from tests.integration.deaths import begin, die
-from tests.integration.test_worker_leases import _none_on_probation, is_suspect
+from tests.integration.deaths import begin, die, is_suspect, none_on_probation
 from tests.integration.workers import (
     LEASE_S,
     RunningWorker,
@@ -300,7 +299,7 @@ async def test_the_deaths_of_earlier_attempts_are_kept(
     assert await redis.get(keys.probation(worker.process.id)) == twice.id.encode()
     interactive = await submit(queue, n=2, max_tokens=900)
     await wait_until(has(worker, interactive))
-    await wait_until(lambda: _none_on_probation(redis))
+    await wait_until(lambda: none_on_probation(redis))
     for job, count in ((once, 1), (twice, 2)):
         assert int(await redis.hget(keys.claim(job.id), "deaths")) == count
         assert not await is_suspect(redis, job)

@@ -9,11 +9,10 @@ import pytest
 from llmboost.entries import Delta, Terminal
 from llmboost.queue import JobQueue
 from llmboost.streams import TokenStreams
-from llmboost_worker.generation import GaveWay, Generator
-from llmboost_worker.publisher import Publisher
+from llmboost_worker.generation import GaveWay
 from tests.engines import ScriptedEngine
+from tests.integration.generators import SteppedGenerator
 from tests.jobs import make_job
-from tests.unit.text_tokenizers import byte_level
 from tests.waiting import wait_until
 
 
@@ -21,11 +20,7 @@ class Running:
     """Requests in the hands of one worker, whose engine steps when it is told to."""
 
     def __init__(self, queue: JobQueue, streams: TokenStreams, interval: int) -> None:
-        self.engine = ScriptedEngine([70])
-        self.publisher = Publisher(streams, interval)
-        self.generator = Generator(
-            self.engine, self.engine.info, byte_level(), streams, self.publisher, "worker"
-        )
+        self.generator = SteppedGenerator(streams, ScriptedEngine([70]), interval)
         self.jobs: list[str] = []
         self._queue = queue
         self._streams = streams
@@ -34,19 +29,17 @@ class Running:
         job = make_job(needs_audience=False, **fields)
         await self._queue.submit(job)
         self.jobs.append(job.id)
-        attempt = asyncio.create_task(self.generator.run(job, 1))
-        await wait_until(lambda: any(id.startswith(job.id) for id in self.engine.sequences))
-        return job.id, attempt
+        return job.id, await self.generator.begin(job)
 
     async def step(self) -> None:
         """One step, and whatever is sent of it."""
-        self.engine.step()
-        await asyncio.sleep(0)
-        await wait_until(lambda: all(each.outbox.in_flight is None for each in self._all))
+        self.generator.engine.step()
+        await wait_until(lambda: self._is_sent)
 
     @property
-    def _all(self) -> list[Any]:
-        return list(self.generator.running.values())
+    def _is_sent(self) -> bool:
+        in_flight = [generation.outbox.in_flight for generation in self.generator.running.values()]
+        return not (any(in_flight) or self.generator.publisher._work.is_set())
 
     async def entries(self, job_id: str) -> list[int]:
         """Tokens in each."""
@@ -64,9 +57,8 @@ async def start(queue: JobQueue, streams: TokenStreams) -> AsyncIterator[Start]:
 
     async def started(interval: int) -> Running:
         running = Running(queue, streams, interval)
-        running.engine.start(running.generator.deliver, lambda error: None)
         all_running.append(running)
-        sending.append(asyncio.create_task(running.publisher.run()))
+        sending.append(asyncio.create_task(running.generator.publisher.run()))
         return running
 
     yield started

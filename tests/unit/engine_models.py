@@ -1,7 +1,6 @@
 """Small random models for the engine's tests, saved as folders, and what drives an engine in a test."""
 
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from llmboost_worker.engine.interface import (
     StepOutput,
 )
 from llmboost_worker.engine.transformers import EngineConfig, TransformersEngine
+from tests.commands import wait_until
 from tests.unit.engine_configs import COMMON, CONFIGS, EOS, PAD, VOCAB
 
 __all__ = ["COMMON", "CONFIGS", "EOS", "PAD", "VOCAB"]
@@ -137,10 +137,7 @@ class Driver:
 
     def wait_until(self, condition: Callable[[], bool]) -> None:
         """For what no output announces."""
-        deadline = time.monotonic() + TIMEOUT
-        while not condition():
-            assert time.monotonic() < deadline, "timed out"
-            time.sleep(0.001)
+        wait_until(condition, within=TIMEOUT, every=0.001)
 
     def tokens(self, id: str) -> list[int]:
         return self.sequences[id].token_ids if id in self.sequences else []

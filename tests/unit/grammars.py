@@ -13,6 +13,8 @@ from llmboost_worker.engine.grammar import Compiled, Grammars, Matcher
 from llmboost_worker.text import Tokenizer
 from tests.unit.text_tokenizers import ALL, token_id
 
+Schema = dict[str, Any]
+
 PADDING = 37
 """Ids that the model has and the tokenizer doesn't."""
 END = {"byte_level": "<|end|>", "byte_fallback": "</s>", "byte_fallback_unstripped": "</s>"}

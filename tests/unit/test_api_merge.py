@@ -8,6 +8,7 @@ import pytest
 from llmboost.entries import ReadEntry
 from llmboost.news import News
 from llmboost_api.merge import Merge
+from tests.waiting import suspended
 
 
 class Stream:
@@ -59,7 +60,7 @@ async def test_it_ends_when_all_have_ended() -> None:
     first.give("a", last=True)
     assert await merge.next() == (0, "a")
     waiting = asyncio.create_task(merge.next())
-    await asyncio.sleep(0)
+    await suspended(waiting)
     second.give("b", last=True)
     assert await waiting == (1, "b")
     with pytest.raises(StopAsyncIteration):
@@ -69,7 +70,7 @@ async def test_it_ends_when_all_have_ended() -> None:
 async def test_a_cancelled_wait_loses_nothing() -> None:
     merge, (stream,) = merged(1)
     waiting = asyncio.create_task(merge.next())
-    await asyncio.sleep(0)
+    await suspended(waiting)
     stream.give("a")
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -90,7 +91,7 @@ async def test_an_interruption_comes_after_what_is_there_and_stays() -> None:
 async def test_an_interruption_ends_a_wait() -> None:
     merge, _ = merged(2)
     waiting = asyncio.create_task(merge.next())
-    await asyncio.sleep(0)
+    await suspended(waiting)
     merge.interrupt(RuntimeError("late"))
     with pytest.raises(RuntimeError, match="late"):
         await waiting

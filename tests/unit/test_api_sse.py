@@ -212,7 +212,7 @@ class FullConnection:
         if message["type"] == "http.response.body":
             self.is_waited_for.set()
             await self.has_room.wait()
-            await asyncio.sleep(0)  # several waits in one send
+            await asyncio.sleep(0)  # one more of several waits in one send
             self.bodies.append(message["body"])
 
 

@@ -2,6 +2,8 @@
 
 import os
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from llmboost_worker.engine.vllm import environment, plugin
 from llmboost_worker.engine.vllm.complaints import EVERYONE, Inbox, Outbox
 from llmboost_worker.engine.vllm.config import VllmConfig
 from llmboost_worker.engine.vllm.engine import VllmEngine
+from llmboost_worker.engine.vllm.folder import SOCKETS, EngineFolder
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +89,8 @@ def test_what_the_user_has_set_for_vllm_stays() -> None:
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"
 
 
-def test_complaints_arrive_for_those_that_are_expected() -> None:
-    inbox = Inbox()
+def test_complaints_arrive_for_those_that_are_expected(tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path)
     outbox = Outbox()
     inbox.expect("a")
     outbox.send("a", "too hot", True)
@@ -103,6 +106,18 @@ def test_complaints_arrive_for_those_that_are_expected() -> None:
     inbox.close()
     assert inbox.trouble == "first"
     outbox.send("a", "nobody listens any more")
+
+
+def test_vllms_sockets_are_in_the_engines_folder_and_go_with_it() -> None:
+    """The next engine in this process has a folder of its own."""
+    for _ in range(2):
+        folder = EngineFolder()
+        assert os.environ[SOCKETS] == str(folder.path)
+        folder.close()
+        assert SOCKETS not in os.environ
+    os.environ[SOCKETS] = tempfile.gettempdir()
+    EngineFolder().close()
+    assert os.environ[SOCKETS] == tempfile.gettempdir()
 
 
 def test_the_plugin_does_nothing_where_vllm_is_used_without_us(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ import asyncio
 import pytest
 
 from llmboost.news import News
+from tests.waiting import suspended
 
 
 async def test_what_came_before_is_not_waited_for() -> None:
@@ -25,7 +26,7 @@ async def test_several_words_are_one_piece_of_news() -> None:
 async def test_a_wait_ends_when_it_is_told() -> None:
     news = News()
     waiting = asyncio.create_task(news.wait())
-    await asyncio.sleep(0)
+    await suspended(waiting)
     news.tell()
     news.tell()
     await waiting
@@ -34,7 +35,7 @@ async def test_a_wait_ends_when_it_is_told() -> None:
 async def test_a_cancelled_wait_loses_nothing() -> None:
     news = News()
     waiting = asyncio.create_task(news.wait())
-    await asyncio.sleep(0)
+    await suspended(waiting)
     news.tell()
     waiting.cancel()
     with pytest.raises(asyncio.CancelledError):

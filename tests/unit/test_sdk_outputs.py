@@ -6,6 +6,7 @@ import threading
 import pytest
 
 from llmboost.sdk.outputs import LLMBoostError, Output, Outputs
+from tests.waiting import suspended
 
 
 def output(
@@ -98,7 +99,7 @@ async def test_a_cancelled_wait_takes_nothing() -> None:
     outputs = Outputs()
     outputs.expect([0])
     waiting = asyncio.create_task(outputs.aget())
-    await asyncio.sleep(0)
+    await suspended(waiting)
     waiting.cancel()
     threading.Thread(target=outputs.put, args=(output(0, "a"),)).start()
     await asyncio.gather(waiting, return_exceptions=True)
@@ -111,7 +112,7 @@ async def test_coroutines_that_wait_get_different_outputs() -> None:
     outputs = Outputs()
     outputs.expect([0, 1])
     waiting = [asyncio.create_task(outputs.aget()) for _ in range(3)]
-    await asyncio.sleep(0)
+    await suspended(*waiting)
     outputs.put(output(0, "a", finished=True))
     outputs.put(output(1, "b", finished=True))
     got = await asyncio.wait_for(asyncio.gather(*waiting, return_exceptions=True), 5)

@@ -22,6 +22,23 @@ def test_it_is_gone_once_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     folder.close()
 
 
+def test_closing_it_waits_for_no_other_process(tmp_path: Path) -> None:
+    """A fork has all that its parent had open: it may go on while the folder goes."""
+    code = (
+        "import os, signal\n"
+        "from llmboost.temporary import TemporaryFolder\n"
+        "folder = TemporaryFolder('ours-')\n"
+        "if not (child := os.fork()):\n"
+        "    signal.alarm(20)\n"
+        "    signal.pause()\n"
+        "folder.close()\n"
+        "print(os.listdir(os.environ['TMPDIR']), os.waitpid(child, os.WNOHANG))\n"
+        "os.kill(child, signal.SIGKILL)\n"
+    )
+    command, env = [sys.executable, "-c", code], {"TMPDIR": str(tmp_path)}
+    assert subprocess.check_output(command, env=env, timeout=60) == b"[] (0, 0)\n"
+
+
 def test_it_is_gone_once_its_process_is_killed(tmp_path: Path) -> None:
     """Nothing else is."""
     (tmp_path / "ours-not").mkdir()

@@ -42,6 +42,11 @@ def vllm_processes() -> list[psutil.Process]:
     return found
 
 
+def files_in(folder: Path) -> set[str]:
+    """Without the cache of compiled kernels, which is for the next engine too."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith("torchinductor_")}
+
+
 def test_a_prefix_that_was_computed_before_is_found(
     vllm_driver: Driver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -91,8 +96,10 @@ def test_what_is_the_requests_fault_is_said_to_be(
     assert [(output.finish_reason, output.is_refused) for output in seen] == [("error", True)]
 
 
-def test_closing_in_the_middle_of_work_leaves_no_process(tmp_path: Path) -> None:
-    others = vllm_processes()
+def test_closing_in_the_middle_of_work_leaves_no_process_and_no_file(
+    tmp_path: Path, temporary_files: Path
+) -> None:
+    others, other_files = vllm_processes(), files_in(temporary_files)
     with driving_kind("vllm", tmp_path) as driver:
         driver.engine.add([request("long", prompt(20), **LONG)])
         driver.wait(lambda: driver.tokens("long"))
@@ -100,6 +107,7 @@ def test_closing_in_the_middle_of_work_leaves_no_process(tmp_path: Path) -> None
         driver.engine.close()
         driver.engine.close()
         assert vllm_processes() == others
+        assert files_in(temporary_files) == other_files
         assert driver.engine.stats().running == 0
         with pytest.raises(EngineError, match="closed"):
             driver.engine.add([request("late", prompt(20))])

@@ -1,15 +1,13 @@
 """A pod that knows how it is, and batches that need no model: what others see of a real one, without its
 imports."""
 
-from collections.abc import AsyncIterator
-
-import anyio
 import uvicorn
 from batches import FakeBatches
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import PlainTextResponse, Response, StreamingResponse
-from starlette.routing import Route
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Mount, Route
+from starlette.types import Receive, Scope, Send
 
 from llmboost.readiness import live_workers
 from llmboost.settings import ApiSettings
@@ -20,17 +18,17 @@ def run(settings: ApiSettings) -> None:
         workers = await live_workers(settings.redis_url or "")
         return PlainTextResponse("ready", status_code=200 if workers else 503)
 
-    async def slow(request: Request) -> Response:
-        """Ten lines in a second: a stream that is running when the pod is told to stop."""
+    async def echo(scope: Scope, receive: Receive, send: Send) -> None:
+        """The request's body as it comes: a response that runs for as long as its client likes."""
+        await send({"type": "http.response.start", "status": 200})
+        more = True
+        while more:
+            message = await receive()
+            more = message.get("more_body", False)
+            await send({"type": "http.response.body", "body": message.get("body", b""), "more_body": more})
 
-        async def lines() -> AsyncIterator[str]:
-            for number in range(10):
-                yield f"{number}\n"
-                await anyio.sleep(0.1)
-
-        return StreamingResponse(lines())
-
-    app = Starlette(routes=[Route("/ready", ready), Route("/slow", slow), *FakeBatches(step=1).routes()])
+    routes = [Route("/ready", ready), Mount("/echo", app=echo), *FakeBatches(step=1).routes()]
+    app = Starlette(routes=routes)
     uvicorn.run(
         app,
         host=settings.host,

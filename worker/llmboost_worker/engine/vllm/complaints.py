@@ -8,13 +8,10 @@ comes this way too, and not only into a log.
 import contextlib
 import logging
 import os
-import shutil
 import socket
-import tempfile
+from pathlib import Path
 
 import msgspec
-
-from llmboost_worker.engine.vllm import vocabulary
 
 PATH = "LLMBOOST_VLLM_COMPLAINTS"
 """The environment variable by which vLLM's processes find the socket."""
@@ -34,16 +31,14 @@ class Complaint(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Inbox:
-    """The engine's end."""
+    """The engine's end, in a folder of the engine's."""
 
-    def __init__(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="llmboost-vllm-")
-        path = os.path.join(self._folder, "complaints")
+    def __init__(self, folder: Path) -> None:
+        path = str(folder / "complaints")
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.bind(path)
         self._socket.setblocking(False)
         os.environ[PATH] = path
-        os.environ[vocabulary.PATH] = os.path.join(self._folder, "vocabulary")
         self._of: dict[str, Complaint | None] = {}
         """By the ids of live sequences."""
         self._trouble: str | None = None
@@ -80,7 +75,6 @@ class Inbox:
         """Takes what has come, and nothing more."""
         self._take()
         self._socket.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class Outbox(logging.Handler):

@@ -14,6 +14,7 @@ from llmboost_worker.engine.transformers.sequence import Sequence
 from llmboost_worker.engine.vllm import environment, params
 from llmboost_worker.engine.vllm.complaints import Inbox
 from llmboost_worker.engine.vllm.config import OURS, VllmConfig
+from llmboost_worker.engine.vllm.folder import EngineFolder
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig as VllmsOwnConfig
@@ -32,9 +33,10 @@ def failure(id: str, error: str, is_refused: bool = False) -> SequenceOutput:
 class VllmCore:
     """Made by `start`."""
 
-    def __init__(self, llm: "AsyncLLM", info: EngineInfo, inbox: Inbox) -> None:
+    def __init__(self, llm: "AsyncLLM", folder: EngineFolder, inbox: Inbox) -> None:
         self._llm = llm
-        self.info = info
+        self.info = _info(llm.vllm_config)
+        self._folder = folder
         self._inbox = inbox
 
     @classmethod
@@ -45,16 +47,17 @@ class VllmCore:
             EngineError: with the reason.
         """
         environment.prepare(config.log_level, bool(config.options.get("enforce_eager")))
-        inbox = Inbox()
+        folder = EngineFolder()
+        inbox = Inbox(folder.path)
         core = None
         try:
-            llm = _load(config)
-            core = cls(llm, _info(llm.vllm_config), inbox)
+            core = cls(_load(config), folder, inbox)
             await core._test()
         except Exception as error:
             if core is not None:
                 core.close()
             inbox.close()
+            folder.close()
             if isinstance(error, EngineError) and not inbox.trouble:
                 raise
             reason = inbox.trouble or str(error) or type(error).__name__
@@ -119,10 +122,11 @@ class VllmCore:
         return EngineError(f"vLLM has ended: {self._inbox.trouble or 'one of its processes is gone'}")
 
     def close(self) -> None:
-        """Ends vLLM's processes."""
+        """Ends vLLM's processes, and removes what they leave."""
         self._llm.shutdown(timeout=SHUTDOWN_S)
         del self._llm  # or it would try again at the interpreter's end, when it no longer can
         self._inbox.close()
+        self._folder.close()
 
 
 def _load(config: VllmConfig) -> "AsyncLLM":
