@@ -5,7 +5,11 @@ import torch
 from torch import Tensor
 
 from llmboost_worker.engine.transformers.attention.backend import Formula
-from llmboost_worker.engine.transformers.attention.compiled_backend import SHORT, CompiledBackend
+from llmboost_worker.engine.transformers.attention.compiled_backend import (
+    SHORT,
+    SHORT_ON_AMX,
+    CompiledBackend,
+)
 from llmboost_worker.engine.transformers.attention.layout import StepLayout
 from llmboost_worker.engine.transformers.attention.torch_backend import TorchBackend
 from llmboost_worker.engine.transformers.kernels import Kernels, tiles
@@ -19,6 +23,8 @@ FORMULAS = {
 }
 CHUNKS = {
     "one": [(0, SHORT + 1)],
+    "a small one": [(700, SHORT_ON_AMX + 1)],
+    "between rows": [(600, 1), (90, SHORT_ON_AMX), (40, SHORT)],
     "whole blocks": [(0, 128), (128, 128)],
     "odd ones": [(5, 33), (127, 130), (300, 17), (0, 257)],
     "a short one far along": [(1000, 20)],
@@ -86,7 +92,7 @@ def test_a_row_comes_to_the_same_in_whichever_chunk_it_is(formula: Formula) -> N
     case = Case([(150, 190)], 9, 3, 64, 64)
     whole = case.attend(formula)
     done = 0
-    for size in (17, 64, 31, 78):
+    for size in (17, 4, 64, 5, 22, 78):
         part = Chunk(150 + done, size)
         part.table.blocks.extend(int(block) for block in case.layout.tables[0])
         layout = StepLayout.of([part], BLOCK_SIZE, torch.device("cpu"))

@@ -15,8 +15,11 @@ from llmboost_worker.engine.transformers.kernels import MAX_QUERIES, PART, Atten
 from llmboost_worker.engine.transformers.kernels.tiles import Chunks
 
 SHORT = 16
-"""Rows of a chunk up to which its rows are attended for one by one. For longer ones a product of matrices
-pays, on AMX, or torch's, which wants their context gathered."""
+"""Rows of a chunk up to which the kernel for rows is the faster one. For longer ones it pays to gather their
+context for a product of matrices, which torch does better."""
+
+SHORT_ON_AMX = 3
+"""The same beside a kernel that reads the context where it lies."""
 
 MOST_ROWS = 16
 """Of a chunk that read the context together."""
@@ -30,7 +33,6 @@ class CompiledBackend(AttentionBackend):
         self._torch = TorchBackend()
         self._formulas: dict[tuple[Any, ...], Attention] = {}
         self._scratch = torch.empty(0)
-        self._packed = torch.empty(0)
         self._chunks = Chunks() if tiles.usable() else None
         # A row's context is shared out only where rows and heads don't keep the threads busy by themselves.
         self._few = 4 * torch.get_num_threads()
@@ -53,9 +55,11 @@ class CompiledBackend(AttentionBackend):
         if formula.sinks is not None:
             return self._torch.attend(layer_keys, layer_values, query, layout, formula)
         rows = min(MOST_ROWS, MAX_QUERIES * layer_keys.shape[2] // query.shape[1])
-        plan: _Plan | None = layout.plans.get((CompiledBackend, rows))
+        chunks = self._chunks if self._chunks and self._chunks.fit(query, layer_values) else None
+        short = SHORT_ON_AMX if chunks else SHORT
+        plan: _Plan | None = layout.plans.get((CompiledBackend, rows, short))
         if plan is None:
-            plan = layout.plans[CompiledBackend, rows] = _Plan.of(layout, rows)
+            plan = layout.plans[CompiledBackend, rows, short] = _Plan.of(layout, rows, short)
         out = query.new_empty(len(query), query.shape[1], layer_values.shape[3])
         if query.stride(2) != 1 or query.stride(1) != query.shape[2]:
             query = query.contiguous()
@@ -63,11 +67,8 @@ class CompiledBackend(AttentionBackend):
             self._attend(layer_keys, layer_values, query, layout, plan, formula, out)
         if plan.rest is not None:
             rest, rest_out = query[plan.num_rows :], out[plan.num_rows :]
-            block_size, _, key_dim = layer_keys.shape[1:]
-            if self._chunks and Chunks.fit(query.dtype, key_dim, out.shape[2], block_size):
-                self._attend_chunks(
-                    self._chunks, layer_keys, layer_values, rest, plan.rest, formula, rest_out
-                )
+            if chunks:
+                self._attend_chunks(chunks, layer_keys, layer_values, rest, plan.rest, formula, rest_out)
             else:
                 rest_out.copy_(self._torch.attend(layer_keys, layer_values, rest, plan.rest, formula))
         return out
@@ -82,12 +83,8 @@ class CompiledBackend(AttentionBackend):
         formula: Formula,
         out: Tensor,
     ) -> None:
-        key_heads, value_dim = layer_values.shape[2:]
-        num_packed = tiles.num_packed(layout.ends.tolist(), key_heads, value_dim)
-        if len(self._packed) < num_packed:
-            self._packed = out.new_empty(2 * num_packed)
         chunks.attend(
-            self._how(query.shape[1], layer_keys, value_dim, formula),
+            self._how(query.shape[1], layer_keys, layer_values.shape[3], formula),
             query,
             layer_keys,
             layer_values,
@@ -95,7 +92,7 @@ class CompiledBackend(AttentionBackend):
             layout.query_starts,
             layout.positions,
             out,
-            self._packed,
+            int(layout.ends.sum()),
         )
 
     def _attend(
@@ -166,9 +163,9 @@ class _Plan:
     """Of the sequences whose chunks are long."""
 
     @classmethod
-    def of(cls, layout: StepLayout, rows: int) -> "_Plan":
-        """`rows`: of a group at most."""
-        short = int((layout.rows <= SHORT).argmin()) if (layout.rows > SHORT).any() else len(layout.rows)
+    def of(cls, layout: StepLayout, rows: int, most: int) -> "_Plan":
+        """`rows`: of a group at most; `most`: of a chunk that counts as short."""
+        short = int((layout.rows <= most).argmin()) if (layout.rows > most).any() else len(layout.rows)
         sizes = layout.rows[:short]
         groups = -(-sizes // rows)
         owners = np.repeat(np.arange(short, dtype=np.int32), groups)

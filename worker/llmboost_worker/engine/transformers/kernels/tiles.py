@@ -101,15 +101,16 @@ class Chunks:
             c_int,
             c_void_p,
         )
+        self._packed = torch.empty(0)
 
     @staticmethod
-    def fit(dtype: torch.dtype, key_dim: int, value_dim: int, block_size: int) -> bool:
-        """Whether attention of this shape can be computed here."""
+    def fit(query: Tensor, values: Tensor) -> bool:
+        """Whether attention of this shape can be computed here; for tensors as `attend` takes them."""
+        (_, block_size, _, value_dim), key_dim = values.shape, query.shape[2]
         return (
-            dtype == torch.bfloat16
+            query.dtype == torch.bfloat16
             and key_dim % STEP == value_dim % TILE == block_size % TILE == 0
             and max(key_dim, value_dim) <= MAX_DIM
-            and usable()
         )
 
     def attend(
@@ -122,21 +123,24 @@ class Chunks:
         starts: Tensor,
         positions: Tensor,
         out: Tensor,
-        packed: Tensor,
+        context: int,
     ) -> None:
         """Each row attends to its sequence's tokens up to its own position. Tensors are on the CPU; nobody
         checks.
 
         Args:
-            query: [rows, at least heads * key_dim], the rows may be further apart
+            query: [rows, heads, key_dim], the rows may be further apart
             keys: [blocks, block_size, key_heads, key_dim], the blocks one after the other
             values: [blocks, block_size, key_heads, value_dim], likewise
             tables: [sequences, blocks], int32
             starts: [sequences + 1], int32: sequence i has the rows [starts[i], starts[i + 1])
             positions: [rows], int64
             out: [rows, heads * value_dim], written
-            packed: scratch for `num_packed` values
+            context: tokens of all sequences, these rows included
         """
+        num_packed = (context + STEP * len(tables)) * values.shape[2] * values.shape[3]
+        if len(self._packed) < num_packed:
+            self._packed = out.new_empty(2 * num_packed)
         self._attend(
             ctypes.byref(how),
             query.data_ptr(),
@@ -149,13 +153,8 @@ class Chunks:
             positions.data_ptr(),
             out.data_ptr(),
             len(tables),
-            packed.data_ptr(),
+            self._packed.data_ptr(),
         )
-
-
-def num_packed(ends: list[int], key_heads: int, value_dim: int) -> int:
-    """Scratch values that `Chunks.attend` needs at most for sequences that end at these tokens."""
-    return sum(-(-end // STEP) for end in ends) * STEP * key_heads * value_dim
 
 
 def _function(name: str, *arguments: Any) -> Any:
