@@ -9,9 +9,7 @@ from llmboost_worker.engine.transformers.pace import (
     MIN_CHUNK,
     SHARE,
     SHARE_OF_SHORT,
-    SHARE_OF_SMALL,
     SHORT,
-    SMALL,
     STALE,
     UNBOUNDED,
     Pace,
@@ -22,15 +20,10 @@ class Machine:
     """Steps cost what its formula says; time passes by nothing else."""
 
     def __init__(
-        self,
-        step: float = 0.03,
-        row: float = 0.003,
-        token: float = 0.003,
-        pair: float = 1e-6,
-        read: float = 0.0,
+        self, step: float = 0.03, row: float = 0.003, token: float = 0.003, pair: float = 1e-6
     ) -> None:
         self.now = 0.0
-        self.step, self.row, self.token, self.pair, self.read = step, row, token, pair, read
+        self.step, self.row, self.token, self.pair = step, row, token, pair
         self.pace = Pace(clock=lambda: self.now)
 
     def decode_seconds(self, decoding: int) -> float:
@@ -41,8 +34,6 @@ class Machine:
         self.pace.begin()
         seen = context + tokens // 2
         seconds = self.decode_seconds(decoding) + tokens * (self.token + seen * self.pair) + delay
-        if tokens:
-            seconds += context * self.read
         self.now += seconds
         self.pace.end(decoding, tokens, seen)
         return seconds
@@ -184,22 +175,9 @@ def test_few_wait_for_many() -> None:
     assert shares(1, MANY - 1) == pytest.approx(shares(16, MANY - 1), rel=0.1)
 
 
-def test_chunks_that_mostly_read_their_context_are_not_the_smallest() -> None:
-    """Reading 4,000 tokens costs four fifths of a decode step, however few rows do. Chunks that kept below
-    that would make a step for four tokens."""
-    machine = Machine(step=0.012, row=3e-4, token=1.5e-4, pair=0.0, read=2.6e-6)
-    machine.run(0, tokens=200)
-    for _ in range(10):
-        machine.run(1)
-    machine.prefill(1000, 1)
-    steps = machine.prefill(4000, 1)
-    assert len(steps) < 4000 / SMALL
-    assert max(steps) < (1 + SHARE_OF_SMALL) * 1.1 * machine.decode_seconds(1)
-
-
 def test_short_prompts_are_soon_over() -> None:
     """One that takes a few steps may take more of each; how many is what counts, not how many are left."""
-    machine = Machine(token=1e-3, pair=0.0)
+    machine = Machine(pair=0.0)
     machine.run(0, tokens=2000)
     machine.run(4)
     step = machine.decode_seconds(4)

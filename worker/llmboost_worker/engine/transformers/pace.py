@@ -20,11 +20,6 @@ SHORT = 8
 """The same, where no prompt takes so many decode steps alone: a few large chunks cost less than many small
 ones, and are soon over."""
 
-SHARE_OF_SMALL = 0.9
-SMALL = 16
-"""The same for chunks of up to so many tokens. At the end of a long prompt most of what a chunk costs is that
-its context is read, however few tokens it has."""
-
 MIN_CHUNK = 4
 """Tokens that prompts get however dear they look: they must get on, and give new measurements."""
 
@@ -111,12 +106,7 @@ class Pace:
         seconds = share * batch.seconds * max(1.0, prompts / CROWD)
         if prompts >= MANY:
             seconds *= max(1.0, prompts / decoding)
-        small = SHARE_OF_SMALL * batch.seconds
-        affordable = max(
-            MIN_CHUNK,
-            min(SMALL, self._prefill.affordable(small, context)),
-            self._prefill.affordable(seconds, context),
-        )
+        affordable = max(MIN_CHUNK, self._prefill.affordable(seconds, context))
         return affordable if prompts >= MANY else batch.allow(affordable)
 
 
