@@ -364,11 +364,11 @@ extern "C" void attend_chunks(const Attention* how, const BFloat16* query, int64
   // Few items, as of one short chunk, are divided among the threads by their parts.
   const bool is_divided = int(items.size()) < 4 * omp_get_max_threads() && num_parts > int(items.size());
   const int size = 2 * how->value_dim * TILE;
-  std::vector<float> memory;
+  static thread_local std::vector<float> memory;  // kept: fresh pages cost more than what is written on them
   std::vector<Gathered> gathered;
   std::vector<std::array<int, 2>> parts;
   if (is_divided) {
-    memory.resize(int64_t(num_parts) * size);
+    if (memory.size() < size_t(num_parts) * size) memory.resize(size_t(num_parts) * size);
     for (int i = 0; i < int(items.size()); i++)
       for (int part = 0; part < attend.parts(items[i]); part++) {
         float* of = memory.data() + int64_t(parts.size()) * size;

@@ -1,7 +1,6 @@
 """Products of bfloat16 rows with packed weights, and attention of chunks of prompts, on Intel's AMX."""
 
 import ctypes
-import logging
 from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 from typing import Any
@@ -12,12 +11,10 @@ from torch import Tensor
 from llmboost_worker.engine.transformers.kernels.arguments import MAX_DIM, Attention
 from llmboost_worker.engine.transformers.kernels.build import BuildError, loaded
 
-logger = logging.getLogger(__name__)
-
 STEP = 32
 BLOCK = 32
 TILE = 16
-"""As in tiles.cpp."""
+"""As in tiles.cpp and amx.h."""
 
 
 def fits(weight: Tensor) -> bool:
