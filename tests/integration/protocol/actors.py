@@ -224,6 +224,7 @@ class Worker(Actor):
             sorted(self.publisher.discarded),
             self.leaving,
             self.arq.claims,
+            list(self.arq.tasks),
             sorted(self.arq._settling),
             self.arq._probation,
             self._generations,
