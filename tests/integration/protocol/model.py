@@ -178,6 +178,14 @@ class Model:
                     yield self._happens(f"the stream of {job.id} expires", True, state, gone)
         if "empty" in may and keyspace.kinds and not submitting:
             yield self._happens("the server has lost its data", True, state, pack("FLUSHDB"))
+        holders = {keyspace.claim(job).get("owner") for job in leased}
+        for number in state.workers:
+            local = self.locals[number]
+            probation = keys.probation(local.kind)
+            if probation in keyspace.kinds and not local.facts.on_probation and local.kind not in holders:
+                # As a lease that nobody knows of: two leases after that of the job.
+                over = pack("DEL", probation)
+                yield self._happens(f"the probation of {local.kind} runs out", False, state, over)
         about = {self.locals[number].kind for number in state.calls}
         for number, job in enumerate(self.jobs):
             if str(number) in about:

@@ -71,6 +71,8 @@ class Actors:
         actor = self._make(local.kind)
         for event in local.history:
             self._happen(actor, event)
+        there = self._locals.get(self._key(local.kind, actor))
+        assert there is local, f"its key doesn't say all that matters: {local.history} led elsewhere before"
         return actor
 
     def _happen(self, actor: Actor, event: Event) -> tuple[bytes, ...]:
@@ -88,19 +90,24 @@ class Actors:
         return tuple(request.raw for request in orphans)
 
     def _register(self, kind: str, history: tuple[Event, ...], actor: Actor) -> Local:
-        requests = tuple(request.raw for request in actor.requests)
-        busy = actor.busy
-        key: Any = (kind, None)
-        if busy:
-            stacks = sorted((_stack(task) for task in actor.loop.living()), key=repr)
-            key = (kind, requests, actor.facts(), shape(actor.memory()), tuple(stacks))
-        elif history:
+        if history and not actor.busy:
             return self.new(kind)
+        key = self._key(kind, actor)
         local = self._locals.get(key)
         if local is None:
-            local = self._locals[key] = Local(len(self._locals), kind, history, requests, actor.facts(), busy)
+            requests = tuple(request.raw for request in actor.requests)
+            local = Local(len(self._locals), kind, history, requests, actor.facts(), actor.busy)
+            self._locals[key] = local
         self._standing.setdefault(local.id, actor)
         return local
+
+    def _key(self, kind: str, actor: Actor) -> Any:
+        """Equal for actors whose futures are the same."""
+        if not actor.busy:
+            return (kind, None)
+        requests = tuple(request.raw for request in actor.requests)
+        stacks = sorted((_stack(task) for task in actor.loop.living()), key=repr)
+        return (kind, requests, actor.facts(), shape(actor.memory()), tuple(stacks))
 
 
 def _stack(task: "asyncio.Task[Any]") -> tuple[Any, ...]:

@@ -114,5 +114,13 @@ def walk(model: Model, choices: Sequence[int]) -> None:
         raise Broken(f"{broken}\n{_numbered(names)}") from None
 
 
+def follow(model: Model, *names: str) -> State:
+    """Where moves lead whose names begin so; each must be possible, and one alone."""
+    state = model.start
+    for name in names:
+        [state] = [move.to for move in model.moves(state, calm=False) if move.name.startswith(name)]
+    return state
+
+
 def _numbered(names: Iterable[str]) -> str:
     return "\n".join(f"{number:3}. {name}" for number, name in enumerate(names, start=1))

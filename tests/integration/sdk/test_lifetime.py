@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -29,12 +30,19 @@ def clients(redis_url: str) -> list[str]:
     return asyncio.run(ask())
 
 
-def our_threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("llmboost")]
+@pytest.fixture
+def our_threads() -> Callable[[], list[str]]:
+    """Names of the product's threads that the test has begun: others of this process may have theirs."""
+    before = set(threading.enumerate())
+    return lambda: [
+        thread.name
+        for thread in threading.enumerate()
+        if thread.name.startswith("llmboost") and thread not in before
+    ]
 
 
 def test_stopping_cancels_what_is_in_flight_and_leaves_nothing(
-    worker: ScriptedWorker, redis_url: str
+    worker: ScriptedWorker, redis_url: str, our_threads: Callable[[], list[str]]
 ) -> None:
     """The worker learns at once that nobody waits any more; no thread and no connection stays."""
     go_on = threading.Event()
@@ -96,7 +104,9 @@ def test_a_waiting_caller_learns_of_the_stop(worker: ScriptedWorker, redis_url: 
     wait_until(lambda: worker.finished == len(worker.jobs))
 
 
-def test_a_dropped_object_frees_everything(worker: ScriptedWorker, redis_url: str) -> None:
+def test_a_dropped_object_frees_everything(
+    worker: ScriptedWorker, redis_url: str, our_threads: Callable[[], list[str]]
+) -> None:
     """Whoever forgets `stop` leaves nothing running when the object is gone."""
     llm = LLMBoost(MODEL, redis_url=redis_url)
     llm.start()
@@ -126,14 +136,16 @@ def test_a_program_that_forgets_to_stop_cancels_at_its_end(worker: ScriptedWorke
     assert len(worker.stopped) == 1
 
 
-def test_a_model_that_nobody_serves(worker: ScriptedWorker, redis_url: str) -> None:
+def test_a_model_that_nobody_serves(
+    worker: ScriptedWorker, redis_url: str, our_threads: Callable[[], list[str]]
+) -> None:
     """The error says what is served instead."""
     with pytest.raises(LLMBoostError, match=rf"serves 'other' .*{MODEL}"):
         LLMBoost("other", redis_url=redis_url).start(timeout=0.2)
     assert not our_threads()
 
 
-def test_a_redis_that_is_not_there() -> None:
+def test_a_redis_that_is_not_there(our_threads: Callable[[], list[str]]) -> None:
     with pytest.raises(LLMBoostError, match="in vain for Redis"):
         LLMBoost(MODEL, redis_url="redis://127.0.0.1:1").start(timeout=0.2)
     assert not our_threads()
