@@ -239,7 +239,7 @@ class WorkerSettings(CommonSettings):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto",
         description="Precision of weights and cache; auto: float32 on a CPU, the checkpoint's own on a GPU. "
-        "bfloat16 is about twice as fast on a CPU that multiplies it (AMX, AVX512_BF16), and less exact.",
+        "bfloat16 is two to three times as fast on a CPU that multiplies it (AMX, AVX512_BF16), less exact.",
     )
     quantization: Literal["none", "int8"] = Field(
         "none", description="int8: keep weights in 8 bits; what is computed with them stays in --dtype."
