@@ -71,7 +71,9 @@ def test_attention_of_chunks_is_torchs(
     value_dim: int,
 ) -> None:
     case = Case(chunks, heads, key_heads, key_dim, value_dim)
-    assert close(case.attend(formula), case.expected(formula))
+    # torch rounds scores too, where they are capped.
+    tolerance = 2e-2 if tiles.usable() or formula.softcap is None else 1e-1
+    assert torch.allclose(case.attend(formula).float(), case.expected(formula), atol=tolerance, rtol=1e-2)
 
 
 def test_what_lies_behind_the_last_token_counts_for_nothing() -> None:
