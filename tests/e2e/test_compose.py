@@ -214,7 +214,9 @@ def stream_of(first: bytes) -> str:
 def test_both_pods_and_both_workers_serve(rehearsal: Rehearsal) -> None:
     with httpx.Client(timeout=120) as client, Redis(port=rehearsal.ports["redis"]) as redis:
         assert client.get(f"{rehearsal.url}/ready").status_code == 200
-        assert redis.zcard("llmboost:workers") == 2
+        wait_until(
+            lambda: redis.zcard("llmboost:workers") == 2, within=HEALTHY_WITHIN_S, what="both workers serve"
+        )
         for pod in ("api-1", "api-2"):
             assert client.get(f"http://127.0.0.1:{rehearsal.ports[pod]}/ready").status_code == 200
 
