@@ -2,7 +2,7 @@
 
     python -m tests.integration.protocol [--disturbances 2] [--tokens 1] [--jobs 1] [--of lapse,break]
 
-Two disturbances, `lapse` among them, make half a million states and take a minute of CPU.
+Two disturbances, `lapse` among them, make a quarter of a million states and take a minute of CPU.
 """
 
 import argparse
