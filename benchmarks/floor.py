@@ -89,7 +89,7 @@ def _measure(engine: Child, floor: Child, batch: int, context: int, options: Any
         "first_token_s": {"engine": _firsts(ours), "floor": _firsts(theirs)},
         "ratio": {
             "tokens_per_s": round(results.ratio(_speeds(ours), _speeds(theirs)), 3),
-            "decode": round(results.ratio(_steps(theirs), _steps(ours)), 3),
+            "decode": round(results.ratio(_steps(theirs), _steps(ours)), 3) if _steps(ours) else None,
             "prefill": round(results.ratio(_firsts(theirs), _firsts(ours)), 3),
         },
     }
@@ -105,8 +105,9 @@ def _speeds(runs: list[Run]) -> list[float]:
 
 
 def _steps(runs: list[Run]) -> list[float]:
-    """Of each round the median, in milliseconds."""
-    return [1000 * sorted(run.steps)[len(run.steps) // 2] for run in runs]
+    """Of each round the median, in milliseconds. A round has none, if the first sequences have ended when the
+    last prompt has been computed."""
+    return [1000 * sorted(run.steps)[len(run.steps) // 2] for run in runs if run.steps]
 
 
 def _firsts(runs: list[Run]) -> list[float]:
@@ -127,9 +128,9 @@ def _table(rows: list[dict[str, Any]]) -> str:
                 results.spread(row["tokens_per_s"]["engine"]),
                 results.spread(row["tokens_per_s"]["floor"]),
                 row["ratio"]["tokens_per_s"],
-                results.spread(row["step_ms"]["engine"]),
+                results.spread(row["step_ms"]["engine"]) if row["step_ms"]["engine"] else "",
                 results.spread(row["step_ms"]["floor"]),
-                row["ratio"]["decode"],
+                row["ratio"]["decode"] or "",
                 row["ratio"]["prefill"],
             ]
             for row in rows

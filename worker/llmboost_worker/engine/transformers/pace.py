@@ -11,7 +11,7 @@ from statistics import median
 
 UNBOUNDED = 1 << 30
 
-SHARE = 0.75
+SHARE = 0.65
 """What a prompt's part of a step may cost, in pure decode steps. Nobody is to wait for a token more than
 three times as long as usual; what is left is for the machine's moods."""
 
