@@ -117,7 +117,9 @@ struct Attend {
   int queries(int sequence) const { return (starts[sequence + 1] - starts[sequence]) * heads(); }
   int end(int row) const { return int(positions[row]) + 1; }
   int begin(int row) const { return how.window && end(row) > how.window ? end(row) - how.window : 0; }
-  int row(const Item& item, int n) const { return starts[item.sequence] + (item.first + (n < item.count ? n : 0)) / heads(); }
+  int row(const Item& item, int n) const {  // what fills up a tile stands for the first query
+    return starts[item.sequence] + (item.first + (n < item.count ? n : 0)) / heads();
+  }
   int first_part(const Item& item) const { return begin(row(item, 0)) / PART; }
   int parts(const Item& item) const { return (end(row(item, item.count - 1)) - 1) / PART - first_part(item) + 1; }
   int first_token(int sequence) const { return begin(starts[sequence]) / TOKENS * TOKENS; }

@@ -209,9 +209,9 @@ void attend_part(const typename Operand<T>::Type* query, const Span* seen, const
     for (int t = 0; t < padded; t += WIDTH) best = most(best, load(row + t));
     top[n] = largest(best);
     for (int t = 0; t < padded; t += WIDTH) {
-      const Floats x = load(row + t), weight = exponential(x - top[n]), seen_weight = x == -INFINITY ? Floats{} : weight;
-      total_weight += seen_weight;
-      store(row + t, seen_weight);
+      const Floats x = load(row + t), weight = x == -INFINITY ? Floats{} : exponential(x - top[n]);
+      total_weight += weight;
+      store(row + t, weight);
     }
     total[n] = sum(total_weight);
   }
@@ -382,9 +382,7 @@ void silu_mul(const T* gate_up, T* out, int rows, int dim) {
 #pragma omp parallel for schedule(static) if (int64_t(rows) * dim > ALONE)
   for (int r = 0; r < rows; r++) {
     const T *gate = gate_up + int64_t(r) * 2 * dim, *up = gate + dim;
-    for (int d = 0; d < dim; d += WIDTH) {
-      store(out + int64_t(r) * dim + d, silu<T>(load(gate + d)) * load(up + d));
-    }
+    for (int d = 0; d < dim; d += WIDTH) store(out + int64_t(r) * dim + d, silu<T>(load(gate + d)) * load(up + d));
   }
 }
 
