@@ -57,15 +57,15 @@ def test_the_settings_reach_vllm_by_its_own_names() -> None:
 @pytest.mark.parametrize(
     ("threads", "processes", "cores", "expected"),
     [
-        (None, 1, 4, ("0,2,4,6", 0)),
-        (None, 1, 3, ("nobind", 3)),  # a quota of the container's
+        (None, 1, 4, ("nobind", 4)),
         (2, 1, 4, ("nobind", 2)),
         (None, 2, 4, ("0,2|4,6", 0)),
+        (None, 2, 3, ("nobind", 1)),  # a quota of the container's
         (4, 2, 4, ("nobind", 2)),
         (None, 5, 4, ("nobind", 1)),
     ],
 )
-def test_threads_are_bound_where_the_machine_is_ours(
+def test_threads_of_several_processes_are_bound_where_the_machine_is_ours(
     monkeypatch: pytest.MonkeyPatch,
     threads: int | None,
     processes: int,
@@ -83,7 +83,7 @@ def test_what_the_user_has_set_for_vllm_stays() -> None:
     os.environ["VLLM_NO_USAGE_STATS"] = "0"
     os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "3"
     environment.prepare("info", is_eager=False)
-    environment.prepare_cpu(threads=1, processes=1)
+    assert environment.prepare_cpu(threads=1, processes=1)
     assert os.environ["VLLM_NO_USAGE_STATS"] == "0"
     assert os.environ["VLLM_CPU_OMP_THREADS_BIND"] == "3"
     assert os.environ["VLLM_USE_V2_MODEL_RUNNER"] == "0"

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from llmboost_worker.engine.interface import EngineError, SequenceOutput, StepOutput
 from llmboost_worker.engine.vllm.config import VllmConfig
 from llmboost_worker.engine.vllm.engine import VllmEngine
-from tests.unit.engine_kinds import CONFIG, driving_kind
+from tests.unit.engine_kinds import CONFIG, OPTIONS, driving_kind, driving_vllm
 from tests.unit.engine_models import COMMON, Driver, prompt, request, save_model
 
 LONG = {"max_tokens": 400, "ignore_eos": True}
@@ -60,7 +60,8 @@ def test_a_prefix_that_was_computed_before_is_found(
     cached: dict[str, list[int]] = {}
     for output in seen:
         cached.setdefault(output.id, []).append(output.cached_tokens)
-    assert cached == {"first": [0] * 4, "second": [256, 0, 0, 0], "resumed": [100, 0, 0, 0]}
+    assert {id: counts[0] for id, counts in cached.items()} == {"first": 0, "second": 256, "resumed": 100}
+    assert not any(count for counts in cached.values() for count in counts[1:])
     assert len(first.token_ids) == 4
 
 
@@ -72,7 +73,7 @@ def test_logprobs_of_the_prompt(
     seen = outputs(vllm_driver, monkeypatch)
     ids = prompt(40)
     vllm_driver.run_one(request("asked", ids, output_ids, prompt_logprobs=3, max_tokens=5, ignore_eos=True))
-    assert [output.prompt_logprobs is not None for output in seen] == [True] + [False] * (4 - len(output_ids))
+    assert not any(output.prompt_logprobs for output in seen[1:])
     reported = seen[0].prompt_logprobs
     assert reported is not None
     assert reported[0] is None
@@ -103,7 +104,7 @@ def test_closing_in_the_middle_of_work_leaves_no_process_and_no_file(
     with driving_kind("vllm", tmp_path) as driver:
         driver.engine.add([request("long", prompt(20), **LONG)])
         driver.wait(lambda: driver.tokens("long"))
-        assert len(vllm_processes()) == len(others) + 2
+        assert len(vllm_processes()) == len(others) + 1
         driver.engine.close()
         driver.engine.close()
         assert vllm_processes() == others
@@ -115,11 +116,17 @@ def test_closing_in_the_middle_of_work_leaves_no_process_and_no_file(
     assert not driver.finished("long")
 
 
-@pytest.mark.parametrize(("name", "busy"), [("VLLM::EngineCore", False), ("VLLM::Worker", True)])
-def test_when_a_process_of_vllm_dies_the_engine_says_so_once(tmp_path: Path, name: str, busy: bool) -> None:
+@pytest.mark.parametrize(
+    ("processes", "name", "busy"),
+    [(1, "VLLM::EngineCore", False), (1, "VLLM::EngineCore", True), (2, "VLLM::Worker_TP1", True)],
+)
+def test_when_a_process_of_vllm_dies_the_engine_says_so_once(
+    tmp_path: Path, processes: int, name: str, busy: bool
+) -> None:
     """And no sequence is told that it has failed: another worker continues it."""
     others = vllm_processes()
-    with driving_kind("vllm", tmp_path) as driver:
+    folder = save_model(CONFIG, tmp_path)
+    with driving_vllm(folder, tensor_parallel=processes, **OPTIONS) as driver:
         if busy:
             driver.engine.add([request(f"{i}", prompt(20), **LONG) for i in range(3)])
             driver.wait(lambda: all(driver.tokens(f"{i}") for i in range(3)))

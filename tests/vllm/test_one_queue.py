@@ -1,11 +1,14 @@
 """A worker of each kind on one queue: whoever is killed, the other continues its streams."""
 
 import signal
+from typing import Any
 
 import pytest
+from openai import AsyncOpenAI
 
 from llmboost.connection import connect
 from llmboost.streams import TokenStreams
+from tests.commands import Command
 from tests.e2e.asking import Heard, attempts, create, hear, long_story, transcript
 from tests.e2e.system import LOADING_S, System
 from tests.waiting import wait_until
@@ -20,37 +23,51 @@ SAMPLINGS = {
 }
 
 
+async def frozen_midway(
+    client: AsyncOpenAI, streams: TokenStreams, worker: Command
+) -> dict[str, tuple[Heard, Any]]:
+    """Streams that the worker has begun and, stopped, can't end: what was heard of each, and its rest."""
+    while True:
+        begun = {}
+        for name, sampling in SAMPLINGS.items():
+            request = long_story(TOKENS, **sampling)
+            begun[name] = Heard(), await create(client, {**request, "stream": True})
+        for heard, reply in begun.values():
+            async for chunk in reply:
+                heard.take(chunk)
+                if len(heard.pieces) >= 10:
+                    break
+        worker.signal(signal.SIGSTOP)
+        logs = [await transcript(streams, heard.id) for heard, _ in begun.values()]
+        if not any(log.terminal for log in logs):
+            return begun
+        worker.signal(signal.SIGCONT)  # it was quicker than we are: there is nothing left to continue
+        for _, reply in begun.values():
+            await reply.close()
+
+
 async def continued(system: System, streams: TokenStreams, victim: str, heir: str, *flags: str) -> None:
     """Streams begin on the only worker there is, which is killed and leaves no process; when another has
     come, it goes on with them. What was heard is what that one says of the same requests by itself."""
-    heard = {name: Heard() for name in SAMPLINGS}
     async with system.async_openai() as client:
-        replies = {
-            name: await create(client, {**long_story(TOKENS, **sampling), "stream": True})
-            for name, sampling in SAMPLINGS.items()
-        }
-        for name, reply in replies.items():
-            async for chunk in reply:
-                heard[name].take(chunk)
-                if len(heard[name].pieces) >= 10:
-                    break
         command = system.parts.pop(victim)
+        begun = await frozen_midway(client, streams, command)
         command.signal(signal.SIGKILL)
         await wait_until(lambda: not command.family(), within=30)
         system.start_worker(*FLAGS, *flags, name=heir)
-        for name, reply in replies.items():
+        for heard, reply in begun.values():
             async for chunk in reply:
-                heard[name].take(chunk)
+                heard.take(chunk)
         unbroken = {
             name: await hear(client, long_story(TOKENS, **sampling)) for name, sampling in SAMPLINGS.items()
         }
-    for name in SAMPLINGS:
-        assert heard[name].finish_reason == "length"
-        assert heard[name].text == unbroken[name].text
-        first, second = await attempts(streams, heard[name].id)
+    for name, (heard, _) in begun.items():
+        assert heard.finish_reason == "length"
+        assert heard.text == unbroken[name].text
+        first, second = await attempts(streams, heard.id)
         assert first != second
         assert await attempts(streams, unbroken[name].id) == [second]
-        assert (await transcript(streams, heard[name].id)).completion_tokens == TOKENS
+        assert (await transcript(streams, heard.id)).completion_tokens == TOKENS
 
 
 @pytest.mark.timeout(4 * LOADING_S)

