@@ -159,6 +159,12 @@ def test_weights_that_are_not_all_there(copy: Path) -> None:
         start(copy)
 
 
+def test_weights_that_have_no_place_are_named(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+    start(change(copy, num_hidden_layers=1))
+    assert "config.json has no place for them" in caplog.text
+    assert "'model.layers.1." in caplog.text
+
+
 def test_a_name_that_the_hub_does_not_give(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(EngineError, match=r"'nobody/nothing' at revision 'v1'.*no folder.*hub") as caught:

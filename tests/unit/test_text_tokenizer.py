@@ -51,6 +51,13 @@ def test_what_cannot_be_loaded_is_said_with_a_remedy(tmp_path: Path, broken: str
     assert repr(str(tmp_path)) in str(raised.value)
 
 
+def test_an_error_that_is_only_a_name_is_said_with_its_kind(tmp_path: Path) -> None:
+    byte_level_of_transformers().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(TokenizerError, match=r"loaded: KeyError: '\w+'\. Give"):
+        Tokenizer.load(str(tmp_path))
+
+
 def test_encoding_in_threads_is_encoding_in_one() -> None:
     """Requests that encode, decode and detokenize at the same time don't disturb each other, even if the
     tokenizer came with truncation and padding set."""

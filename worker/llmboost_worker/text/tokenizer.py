@@ -60,8 +60,10 @@ class Tokenizer:
                 model, revision=revision, trust_remote_code=trust_remote_code
             )
         except Exception as error:  # OSError, ValueError, KeyError, and whatever a model's own code raises
+            is_said = isinstance(error, (OSError, ValueError))
+            why = str(error) if is_said else f"{type(error).__name__}: {error}."
             raise TokenizerError(
-                f"The tokenizer of {model!r} can't be loaded: {error} "
+                f"The tokenizer of {model!r} can't be loaded: {why} "
                 "Give a folder with tokenizer.json or the name of a model on the hub; "
                 "a model with its own tokenizer code needs trust_remote_code."
             ) from error

@@ -193,4 +193,8 @@ def _explained(error: str) -> str:
         return f"has keywords that this server can't enforce: {keys}. Remove them, or say it in another way."
     if what.startswith("oneOf constraints are not supported"):
         return "has a 'oneOf' whose schemas may hold at once, which this server can't enforce: use 'anyOf'."
+    if "lookarounds not supported" in what:
+        return "has an assertion, such as \\b, that this server can't enforce: leave it out."
+    if place := re.match(r"at (\d+)\(\d+\): ", what):
+        what = f"{what[place.end() :]} (line {int(place[1]) - OPTIONS.count(chr(10))})"
     return f"can't be used: {what.rstrip('.')}."

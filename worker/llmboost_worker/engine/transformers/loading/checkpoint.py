@@ -1,5 +1,6 @@
 """A checkpoint's files: found, read, or said what is wrong with them and what to do."""
 
+import logging
 import os
 import zipfile
 from pathlib import Path
@@ -10,6 +11,8 @@ from transformers import AutoConfig
 
 from llmboost_worker.engine.interface import EngineError
 from llmboost_worker.engine.transformers.config import EngineConfig
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS = ("*.safetensors", "*.bin")
 LFS = b"version https://git-lfs"
@@ -42,7 +45,8 @@ def unloaded(model: str, error: Exception) -> EngineError:
 
 def check_report(model: str, report: dict[str, Any]) -> None:
     """Refuses a model whose weights don't come from the checkpoint, as by transformers' report of loading it:
-    in their place it would serve random numbers.
+    in their place it would serve random numbers. Weights that the model has no place for may be of a part
+    that isn't served, such as one for images, or of layers that config.json forgets.
 
     Raises:
         EngineError
@@ -56,6 +60,13 @@ def check_report(model: str, report: dict[str, Any]) -> None:
         raise EngineError(
             f"the checkpoint {model!r} has {name!r} in the shape {list(found)}, but its config.json asks for "
             f"{list(expected)}: are both of the same model?"
+        )
+    if unused := sorted(report["unexpected_keys"]):
+        logger.warning(
+            "%d weights of the checkpoint %r aren't used, %r for one: config.json has no place for them",
+            len(unused),
+            model,
+            unused[0],
         )
 
 
