@@ -52,6 +52,7 @@ def test_stopping_cancels_what_is_in_flight_and_leaves_nothing(
         with LLMBoost(MODEL, redis_url=redis_url, streaming=True) as llm:
             llm.issues_inputs(["a", "b"])
             llm.get_output(timeout=20)
+            wait_until(lambda: len(worker.jobs) == 2)  # what still waits in the queue never begins
             assert clients(redis_url)
             raise RuntimeError("the caller failed")
 
