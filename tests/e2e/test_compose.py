@@ -202,8 +202,9 @@ def test_the_proxy_does_not_hold_tokens_back(rehearsal: Rehearsal) -> None:
     events = b"".join([first, *rest]).count(b"data: ")
     assert newest.startswith(b"1-"), f"{newest!r}: the stream was sealed before its first token came through"
     assert events > 100
-    # Tokens that wait together leave together, so on a busy machine there are fewer reads than events.
-    assert len(rest) > events / 5
+    # Tokens that wait together leave together, so on a busy machine there are fewer reads than events. A
+    # proxy that fills a buffer of 4 KiB first would make it one of 15.
+    assert len(rest) > events / 10
 
 
 def stream_of(first: bytes) -> str:
