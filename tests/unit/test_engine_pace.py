@@ -158,21 +158,23 @@ def test_a_crowd_of_prompts_gets_more() -> None:
 
 def test_few_wait_for_many() -> None:
     """In proportion: one that decodes beside fifteen others that came with it lets them all in at once. A few
-    are not many, however few decode."""
+    are not many, however few decode, unless they are short."""
 
-    def shares(decoding: int, prompts: int) -> float:
+    def shares(decoding: int, prompts: int, longest: int = UNBOUNDED) -> float:
         """How many decode steps' worth of prompt tokens it takes."""
         machine = Machine(pair=0.0)
         machine.run(0, tokens=2000)
         machine.run(decoding)
         machine.prefill(1000, decoding, MANY)
         machine.run(decoding)
-        return machine.pace.tokens(decoding, prompts, 0) * machine.token / machine.decode_seconds(decoding)
+        tokens = machine.pace.tokens(decoding, prompts, 0, longest)
+        return tokens * machine.token / machine.decode_seconds(decoding)
 
     assert shares(32, 16) == pytest.approx(shares(16, 16), rel=0.1)
     assert shares(8, 16) == pytest.approx(2 * shares(16, 16), rel=0.1)
     assert shares(1, 16) == pytest.approx(16 * shares(16, 16), rel=0.1)
     assert shares(1, MANY - 1) == pytest.approx(shares(16, MANY - 1), rel=0.1)
+    assert shares(1, 3, longest=50) == pytest.approx(3 * shares(3, 3, longest=50), rel=0.1)
 
 
 def test_short_prompts_are_soon_over() -> None:

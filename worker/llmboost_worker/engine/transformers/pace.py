@@ -16,7 +16,7 @@ SHARE = 0.65
 three times as long as usual; what is left is for the machine's moods."""
 
 SHARE_OF_SHORT = 1.75
-SHORT = 8
+SHORT = 16
 """The same, where no prompt takes so many decode steps alone: a few large chunks cost less than many small
 ones, and are soon over."""
 
@@ -31,8 +31,8 @@ CROWD = 2
 """So many prompts that wait get one share."""
 
 MANY = 8
-"""So many are let in without trying smaller chunks first; and if they are more than the rows that decode,
-these wait for them so much the longer."""
+"""So many are let in without trying smaller chunks first. Where there are so many, or short ones, and they
+are more than the rows that decode, these wait for them so much the longer."""
 
 KEPT = 9
 KEPT_STALE = 3
@@ -104,7 +104,7 @@ class Pace:
         is_short = longest <= self._prefill.affordable(SHORT * batch.seconds, context)
         share = SHARE_OF_SHORT if is_short else SHARE
         seconds = share * batch.seconds * max(1.0, prompts / CROWD)
-        if prompts >= MANY:
+        if is_short or prompts >= MANY:
             seconds *= max(1.0, prompts / decoding)
         affordable = max(MIN_CHUNK, self._prefill.affordable(seconds, context))
         return affordable if prompts >= MANY else batch.allow(affordable)
