@@ -196,5 +196,6 @@ def _explained(error: str) -> str:
     if "lookarounds not supported" in what:
         return "has an assertion, such as \\b, that this server can't enforce: leave it out."
     if place := re.match(r"at (\d+)\(\d+\): ", what):
-        what = f"{what[place.end() :]} (line {int(place[1]) - OPTIONS.count(chr(10))})"
+        line = int(place[1]) - OPTIONS.count("\n")
+        what = f"{what[place.end() :]} (line {line})"
     return f"can't be used: {what.rstrip('.')}."

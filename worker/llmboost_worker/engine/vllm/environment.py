@@ -49,9 +49,9 @@ def prepare_cpu(threads: int | None, processes: int) -> bool:
 def threads_of(threads: int | None, processes: int) -> tuple[str, int]:
     """How vLLM binds its threads, and how many there are if it doesn't.
 
-    By itself it keeps one core free for its scheduler, which on two cores is half the speed. Several
-    processes keep to cores of their own on a machine of one's own: told how many threads to use, several
-    workers may share it, and bound they would all take the same first cores.
+    By itself it keeps one core free for its scheduler, which on two cores is half the speed. The processes of
+    a model that is split keep to cores of their own, but only where the machine is one's own: told how many
+    threads to use, several workers may share it, and bound they would all take the same first cores.
     """
     cores = _physical_cores()
     each = len(cores) // processes

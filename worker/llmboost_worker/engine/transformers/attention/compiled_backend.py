@@ -68,32 +68,20 @@ class CompiledBackend(AttentionBackend):
         if plan.rest is not None:
             rest, rest_out = query[plan.num_rows :], out[plan.num_rows :]
             if chunks:
-                self._attend_chunks(chunks, layer_keys, layer_values, rest, plan.rest, formula, rest_out)
+                chunks.attend(
+                    self._how(query.shape[1], layer_keys, layer_values.shape[3], formula),
+                    rest,
+                    layer_keys,
+                    layer_values,
+                    plan.rest.block_tables,
+                    plan.rest.query_starts,
+                    plan.rest.positions,
+                    rest_out,
+                    plan.rest_context,
+                )
             else:
                 rest_out.copy_(self._torch.attend(layer_keys, layer_values, rest, plan.rest, formula))
         return out
-
-    def _attend_chunks(
-        self,
-        chunks: Chunks,
-        layer_keys: Tensor,
-        layer_values: Tensor,
-        query: Tensor,
-        layout: StepLayout,
-        formula: Formula,
-        out: Tensor,
-    ) -> None:
-        chunks.attend(
-            self._how(query.shape[1], layer_keys, layer_values.shape[3], formula),
-            query,
-            layer_keys,
-            layer_values,
-            layout.block_tables,
-            layout.query_starts,
-            layout.positions,
-            out,
-            int(layout.ends.sum()),
-        )
 
     def _attend(
         self,
@@ -161,6 +149,8 @@ class _Plan:
     """Of a context, as the kernel divides it."""
     rest: StepLayout | None
     """Of the sequences whose chunks are long."""
+    rest_context: int
+    """Tokens of all of these."""
 
     @classmethod
     def of(cls, layout: StepLayout, rows: int, most: int) -> "_Plan":
@@ -178,4 +168,5 @@ class _Plan:
             most_rows=int(min(sizes.max(initial=0), rows)),
             most_parts=-(-int(layout.ends[:short].max(initial=0)) // PART),
             rest=layout.tail(short) if short < len(layout.rows) else None,
+            rest_context=int(layout.ends[short:].sum()),
         )
